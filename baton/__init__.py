@@ -1,0 +1,1 @@
+"""The ground floor: ids, settings, clock, errors, metrics, rpc, membership and the Python client."""

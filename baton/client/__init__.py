@@ -1,0 +1,1 @@
+"""The Python client: gRPC calls as plain functions."""

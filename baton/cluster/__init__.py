@@ -1,0 +1,1 @@
+"""Membership with leases over Redis, and the embedded redis-server."""

@@ -1,0 +1,135 @@
+"""Settings of every service: flags first, then BATON_* environment variables, then a YAML file.
+
+One frozen object per service, read once at the start, checked as it is built and passed in. A name is
+the same everywhere: the flag `--kv-blocks`, the variable `BATON_KV_BLOCKS`, the YAML key `kv_blocks`.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from baton.errors import SettingsError
+
+Port = int
+RECALL_MODEL = "recall"
+"""Stands for the bundled demo model wherever a model directory or id is asked for."""
+
+
+class ServiceSettings(BaseSettings):
+    """What every process needs to know to be part of a cluster."""
+
+    model_config = SettingsConfigDict(env_prefix="BATON_", frozen=True, extra="forbid", hide_input_in_errors=True)
+    config_file: ClassVar[Path | None] = None
+
+    model: str = Field(RECALL_MODEL, description="Hugging Face directory or hub id; 'recall' is the bundled demo model")
+    served_model_name: str | None = Field(None, description="Name that clients use; default: the model as given")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis that coordinates the cluster")
+    key_prefix: str = Field("baton", min_length=1, description="All Redis keys start with it")
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    advertise_host: str | None = Field(None, description="Address that others reach this process at; default: host")
+    grpc_port: Port = Field(0, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+    drain_timeout_s: float = Field(30, ge=0, description="How long running requests may take to finish at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model
+
+    @property
+    def reachable_host(self) -> str:
+        return self.advertise_host or self.host
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del dotenv_settings, file_secret_settings
+        assert isinstance(env_settings, EnvSettingsSource)
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        if cls.config_file is not None:
+            sources += (YamlConfigSettingsSource(settings_cls, cls.config_file),)
+        return sources
+
+
+class WorkerSettings(ServiceSettings):
+    """Shared by prefill and decode workers."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto: as in the checkpoint")
+    threads: int = Field(0, ge=0, description="torch threads; 0: torch's own choice")
+    block_tokens: int = Field(32, ge=1, le=1024, description="Tokens in one KV block; equal on all workers of a model")
+    kv_blocks: int = Field(0, ge=0, description="Blocks in the pool; 0: from kv_memory")
+    kv_memory_bytes: int = Field(0, ge=0, description="Pool size; 0: 1 GiB on CPU, 90 % of what is free on a GPU")
+    context_length_max: int = Field(0, ge=0, description="Longest prompt plus completion; 0: the model's own limit")
+    chunk_tokens: int = Field(512, ge=1, description="Tokens computed in one engine step at most")
+    sequences_max: int = Field(256, ge=1, description="Sequences in one batch at most")
+    waiting_max: int = Field(1024, ge=1, description="Requests that may wait; past it they are refused")
+    prefix_cache: bool = Field(True, description="Reuse the KV of prompts that start alike")
+    transports: tuple[Literal["inproc", "shm", "tcp"], ...] = Field(
+        ("shm", "tcp"), min_length=1, description="Allowed KV transports, best first"
+    )
+    transport_port: Port = Field(0, ge=0, le=65535, description="Where KV blocks come in by tcp; 0 picks a free one")
+    metrics_port: Port | None = Field(None, ge=0, le=65535, description="Prometheus port; unset: none")
+    worker_id: str | None = Field(None, description="Default: role and a random suffix")
+
+
+class PrefillWorkerSettings(WorkerSettings):
+    prefill_timeout_s: float = Field(600, gt=0, description="Longest that a ticket may hold blocks")
+
+
+class DecodeWorkerSettings(WorkerSettings):
+    local_prefill_tokens_max: int = Field(
+        64, ge=0, description="With at most this many uncached prompt tokens, prefill on the decode worker itself"
+    )
+    prefill_timeout_s: float = Field(600, gt=0, description="Longest to wait for one prefill worker")
+
+
+class RouterSettings(ServiceSettings):
+    http_port: Port = Field(8000, ge=0, le=65535, description="OpenAI-compatible HTTP port; 0 picks a free one")
+    requests_max: int = Field(4096, ge=1, description="Requests in flight at most; past it: 429")
+    prompt_bytes_max: int = Field(4 * 2**20, ge=1, description="Longest prompt text")
+    body_bytes_max: int = Field(32 * 2**20, ge=1, description="Largest HTTP body or gRPC message")
+
+
+class UpSettings(RouterSettings, PrefillWorkerSettings, DecodeWorkerSettings):
+    """`baton up`: a router, its workers and, where no URL is given, a Redis of its own."""
+
+    redis_url: str | None = Field(None, description="Redis to use; default: an embedded one")  # type: ignore[assignment]
+    ray_address: str | None = Field(None, description="Ray cluster to run on; default: a local Ray")
+    prefill: int = Field(1, ge=0, description="Prefill workers")
+    decode: int = Field(1, ge=1, description="Decode workers")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs that Ray sets aside for each worker")
+
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+def load_settings(kind: type[Settings], flags: dict[str, Any], config: Path | None = None) -> Settings:
+    """Builds a service's settings from flags (None: not given), the environment and a YAML file.
+
+    Raises SettingsError with a sentence that names every bad value.
+    """
+    if config is not None and not config.is_file():
+        raise SettingsError(f"The configuration file {config} does not exist.")
+    kind = type(kind.__name__, (kind,), {"config_file": config, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    try:
+        return kind(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise SettingsError(f"These settings cannot be used: {problems}.") from None
+    except Exception as error:  # the YAML source raises what the YAML library raises
+        raise SettingsError(f"The settings could not be read: {error}") from None

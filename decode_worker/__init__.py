@@ -1,0 +1,1 @@
+"""Reserves blocks, takes them in, batches decode steps and streams tokens."""

@@ -1,0 +1,1 @@
+"""Runs the model: loading, paged attention, batch steps, sampling."""

@@ -1,0 +1,177 @@
+"""What a worker asks of an engine: the small protocol behind which another engine could stand.
+
+An engine is not thread-safe: one thread (engine/thread.py) owns it, and with it the model, the
+scheduler and the block pool.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from baton.errors import BatonError
+from baton.ids import BlockId, RequestId
+from baton.layout import KVLayout
+from baton.sampling import SamplingParams
+from kvtransfer.interface import Region
+
+
+class Prefill(Enum):
+    """Where a request's prompt is computed, seen from this engine."""
+
+    HERE = "here"
+    """Prefill, then decode, on this engine."""
+    ELSEWHERE = "elsewhere"
+    """Reserve blocks and wait: another engine's KV is written into them until `commit`."""
+    ONLY = "only"
+    """Prefill, sample the first token, then hold the blocks until `release`."""
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    request_id: RequestId
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    prefill: Prefill
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+
+
+PositionLogprobs = tuple[TokenLogprob, ...]
+"""One position: the chosen (or prompt) token first, then the most likely ones, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The request left the queue and holds blocks for its whole prompt.
+
+    `blocks` stay the request's own until it finishes, is aborted, or (Prefill.ONLY) released.
+    The first `cached_tokens` tokens, always whole blocks, were found in the prefix cache.
+    """
+
+    request_id: RequestId
+    blocks: tuple[BlockId, ...]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Tokens of one request in one step. With a finish reason the request is gone from the engine
+    (except under Prefill.ONLY, where its blocks are held until `release`)."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    """With the first token, when asked for; the first position's is empty."""
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request_id: RequestId
+    error: BatonError
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    admitted: tuple[Admitted, ...] = ()
+    generated: tuple[Generated, ...] = ()
+    failed: tuple[Failed, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksWritten:
+    """In one layer, a request's blocks `[first, end)` (indices into its prompt's blocks) have their
+    final content: every token that the prompt puts in them is computed."""
+
+    request_id: RequestId
+    first: int
+    end: int
+
+
+LayerListener = Callable[[int, Sequence[BlocksWritten]], None]
+"""Called on the engine thread as `listener(layer, written)` as soon as a layer's keys and values of a
+prefill chunk lie in the region, before the layers above are computed. It must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the rest of the house needs to know about a loaded model."""
+
+    name: str
+    fingerprint: str
+    """Hex digest of architecture, weights and dtype: equal means interchangeable KV."""
+    context_length: int
+    """Prompt and completion together: the model's own limit, or the pool's when that is smaller."""
+    vocabulary_size: int
+    eos_token_ids: frozenset[int]
+    layout: KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    running_sequences: int = 0
+    waiting_sequences: int = 0
+    waiting_tokens: int = 0
+    """Prompt tokens still to compute here, of waiting and running requests alike."""
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    """Held by a request."""
+    kv_blocks_cached: int = 0
+    """Held by nobody, with a content that a prefix can reuse; given away when space is needed."""
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+    """Prompt tokens looked up in, and found in, the prefix cache since the start."""
+    preemptions: int = 0
+    steps: int = 0
+
+    @property
+    def kv_blocks_free(self) -> int:
+        return self.kv_blocks_total - self.kv_blocks_used - self.kv_blocks_cached
+
+
+class Engine(Protocol):
+    model: ModelInfo
+    region: Region
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Raises InvalidRequest if it can never be served: an empty prompt, ids
+        outside the vocabulary, longer than the context; Overloaded if the queue is full."""
+
+    def abort(self, request_id: RequestId) -> None:
+        """Forgets the request and frees its blocks; unknown ids are ignored."""
+
+    def commit(self, request_id: RequestId, first_token: int, logprobs: tuple[PositionLogprobs, ...]) -> None:
+        """Prefill.ELSEWHERE, after Admitted: the prompt's KV lies in the reserved blocks. They become
+        visible to the prefix cache and the request decodes; the first token comes out of the next step
+        as Generated, like any other (and ends the request if it is a stop token)."""
+
+    def prefill_here(self, request_id: RequestId) -> None:
+        """Prefill.ELSEWHERE, after Admitted: nobody else could do it; compute it here, in the same blocks."""
+
+    def release(self, request_id: RequestId) -> None:
+        """Prefill.ONLY, after Generated: the blocks have been sent and may become prefix cache."""
+
+    def step(self) -> StepResult:
+        """One batch: admits, computes, samples. Does nothing when `has_work` is false."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """Frees the model and the region."""

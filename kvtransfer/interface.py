@@ -1,0 +1,90 @@
+"""The transport protocol: two roles, two Protocols.
+
+The decode worker *receives*: for each request it opens a ticket on the blocks it reserved and gives
+the ticket's offers to the prefill worker. The prefill worker *sends*: it takes the best offer it can
+serve, writes slices into the ticket's blocks and fences. All methods run on the worker's asyncio loop
+and never block it: copies and socket I/O of more than a few hundred KB happen elsewhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.ids import BlockId, RequestId
+from baton.layout import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One way to reach a ticket's blocks; the descriptor is the transport's own encoding and holds a
+    secret, so it is never logged."""
+
+    transport: str
+    descriptor: bytes
+
+
+class Region(Protocol):
+    """A worker's KV memory as transports see it. See baton.layout.KVLayout for what lies where."""
+
+    layout: KVLayout
+
+    def readable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
+        """Bytes of `blocks` adjacent slices. Host memory: a view of the region itself. Device memory:
+        a host copy, taken after the writes that were issued before the call."""
+
+    def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
+        """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments."""
+
+    def written(self, layer: int, kv: int, first_block: int, blocks: int) -> None:
+        """The view from `writable` is filled. Host memory: nothing to do. Device memory: copies it in."""
+
+    def share(self) -> bytes | None:
+        """How another process of this user on this machine maps the region (kvtransfer/region.py), or
+        None where it cannot."""
+
+    def close(self) -> None: ...
+
+
+class Connection(Protocol):
+    """One ticket's way into the decode worker's region. Raises TransferError when the peer, the link or
+    the ticket is gone; after an error only `close` may follow."""
+
+    transport: str
+    bytes_written: int
+    busy_s: float
+    """Time spent in write and fence."""
+
+    async def write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
+        """Copies the key and the value slice of each source block, in one layer, to the target block
+        of the same index. Returns when the source may change again: not when the bytes have landed."""
+
+    async def fence(self) -> None:
+        """Returns when everything written so far lies in the peer's region."""
+
+    async def close(self) -> None:
+        """Idempotent; after it returns nothing is written any more."""
+
+
+class Sender(Protocol):
+    """The prefill side; one per worker."""
+
+    async def connect(self, request_id: RequestId, offers: Sequence[Offer], layout: KVLayout) -> Connection:
+        """Takes the first offer that works; `layout` is the peer's. Raises TransferError, with each
+        offer's reason, if none does."""
+
+    async def close(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """The decode side; one per worker."""
+
+    async def start(self) -> None: ...
+
+    def open(self, request_id: RequestId, blocks: Sequence[BlockId]) -> Sequence[Offer]:
+        """Lets whoever holds an offer write into `blocks`, and nothing else, until `close_ticket`."""
+
+    def close_ticket(self, request_id: RequestId) -> None:
+        """Withdraws the offers. What this process itself receives (tcp, inproc) lands no more; a one-sided
+        writer (shm) may still be in a copy until it has answered `released` or died. Unknown ids are ignored."""
+
+    async def close(self) -> None: ...

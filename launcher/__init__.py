@@ -1,0 +1,1 @@
+"""The command line `baton`, and Ray actors on one machine or many."""

@@ -1,0 +1,1 @@
+"""Takes prefill jobs and streams the KV blocks out while they are computed."""
