@@ -1,4 +1,4 @@
-"""How tokens are chosen: one request's sampling parameters, checked when built."""
+"""How tokens are chosen: one request's sampling parameters, checked when built; and how likely they were."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -101,3 +101,13 @@ class SamplingParams:
                         f"{name} names token {token}, but the model's ids run from 0 to {vocabulary_size - 1}.",
                         name,
                     )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+
+
+PositionLogprobs = tuple[TokenLogprob, ...]
+"""One position: the chosen (or prompt) token first, then the most likely ones, best first."""

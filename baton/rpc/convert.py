@@ -2,7 +2,7 @@
 
 from baton.layout import KVLayout
 from baton.rpc import common_pb2, worker_pb2
-from baton.sampling import SamplingParams
+from baton.sampling import PositionLogprobs, SamplingParams, TokenLogprob
 
 _SCALARS = (
     "temperature",
@@ -54,3 +54,13 @@ def layout_from_proto(message: worker_pb2.KVLayout) -> KVLayout:
         head_dim=message.head_dim,
         dtype=message.dtype,
     )
+
+
+def logprobs_to_proto(position: PositionLogprobs) -> common_pb2.PositionLogprobs:
+    return common_pb2.PositionLogprobs(
+        tokens=[common_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob) for token in position]
+    )
+
+
+def logprobs_from_proto(message: common_pb2.PositionLogprobs) -> PositionLogprobs:
+    return tuple(TokenLogprob(token.token_id, token.logprob) for token in message.tokens)

@@ -1,0 +1,109 @@
+"""`Client`: what an application imports to talk to Baton by gRPC."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import grpc
+
+from baton import errors
+from baton.rpc import common_pb2, inference_pb2, inference_pb2_grpc
+from baton.rpc.convert import logprobs_from_proto, sampling_to_proto
+from baton.sampling import PositionLogprobs, SamplingParams
+from baton.service import CHANNEL_OPTIONS
+
+_ERRORS: dict[grpc.StatusCode, type[errors.BatonError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: errors.ModelNotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is new since the part before. The last one has a finish reason, the usage and the timeline."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish_reason: str | None = None
+    """stop or length."""
+    usage: inference_pb2.Usage | None = None
+    timeline: common_pb2.Timeline | None = None
+
+
+class Client:
+    """Thread-safe; use it as a context manager, or `close` it.
+
+    Calls raise the tree of baton.errors: InvalidRequest, ModelNotFound, Overloaded, Unavailable,
+    DeadlineExceeded.
+    """
+
+    def __init__(self, address: str) -> None:
+        """`address` is HOST:PORT of a router's gRPC port. Nothing is sent before the first call."""
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    def generate(
+        self,
+        model: str,
+        prompt: str | Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        cache_salt: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Iterator[Part]:
+        """Streams the continuation of a prompt given as text or token ids.
+
+        Closing the iterator (leaving its `for` loop) cancels the request and frees its blocks.
+        """
+        request = inference_pb2.GenerateRequest(request_id=request_id, model=model, stop=stop, cache_salt=cache_salt)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+        if sampling is not None:
+            request.sampling.CopyFrom(sampling_to_proto(sampling))
+        call = self._stub.Generate(request, timeout=timeout_s)
+        try:
+            for response in call:
+                yield _part(response)
+        except grpc.RpcError as error:
+            raise _ERRORS.get(error.code(), errors.BatonError)(error.details()) from None
+        finally:
+            call.cancel()
+
+    def models(self) -> list[inference_pb2.Model]:
+        try:
+            return list(self._stub.ListModels(inference_pb2.ListModelsRequest()).models)
+        except grpc.RpcError as error:
+            raise _ERRORS.get(error.code(), errors.BatonError)(error.details()) from None
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _part(response: inference_pb2.GenerateResponse) -> Part:
+    ended = response.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
+    return Part(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        logprobs=tuple(map(logprobs_from_proto, response.logprobs)),
+        finish_reason=common_pb2.FinishReason.Name(response.finish_reason).removeprefix("FINISH_REASON_").lower()
+        if ended
+        else None,
+        usage=response.usage if ended else None,
+        timeline=response.timeline if ended else None,
+    )

@@ -1,0 +1,83 @@
+"""One request on the decode worker: what was asked, how far it is, and where its time went."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.clock import Clock
+from baton.ids import RequestId
+from baton.rpc import common_pb2, worker_pb2
+from baton.sampling import SamplingParams
+from engine.interface import Admitted, Prefill
+
+
+class Outbox(Protocol):
+    """Where a request's outputs go: the stream of the router that sent it."""
+
+    def put(self, output: worker_pb2.TokenOutput) -> None: ...
+
+
+@dataclass(slots=True)
+class ActiveRequest:
+    request_id: RequestId
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    cache_salt: str
+    candidates: tuple[worker_pb2.PrefillCandidate, ...]
+    outbox: Outbox
+    clock: Clock
+    decode_worker: str
+    prefill: Prefill
+    """HERE from the start, or ELSEWHERE: then it is decided when the prefix cache has been looked at."""
+    arrived_s: float = 0.0
+    admitted_s: float = 0.0
+    first_token_s: float | None = None
+    cached_tokens: int = 0
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    remote_prefill: "asyncio.Task[None] | None" = None
+    """Set while a prefill worker may write into this request's blocks."""
+    started: worker_pb2.PrefillStarted | None = None
+    commit: worker_pb2.PrefillCommit | None = None
+    prefill_worker: str = ""
+
+    def __post_init__(self) -> None:
+        self.arrived_s = self.clock()
+
+    def admit(self, event: Admitted) -> None:
+        self.admitted_s = self.clock()
+        self.cached_tokens = event.cached_tokens
+
+    def committed(self, worker_id: str, started: worker_pb2.PrefillStarted, commit: worker_pb2.PrefillCommit) -> None:
+        self.prefill_worker, self.started, self.commit = worker_id, started, commit
+
+    @property
+    def tokens_not_computed(self) -> int:
+        """Prompt tokens that were in either worker's prefix cache."""
+        return max(self.cached_tokens, self.started.cached_tokens if self.started else 0)
+
+    def timeline(self, preemptions: int) -> common_pb2.Timeline:
+        now_s = self.clock()
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        timeline = common_pb2.Timeline(
+            queue_s=self.admitted_s - self.arrived_s,
+            prefill_s=first_token_s - self.admitted_s,
+            first_token_s=first_token_s - self.arrived_s,
+            decode_s=now_s - first_token_s,
+            decode_worker=self.decode_worker,
+            cached_tokens=self.cached_tokens,
+            preemptions=preemptions,
+        )
+        if self.started and self.commit:
+            timeline.MergeFrom(
+                common_pb2.Timeline(
+                    prefill_queue_s=self.started.queue_s,
+                    prefill_s=self.commit.prefill_s,
+                    transfer_s=self.commit.transfer_s,
+                    transfer_exposed_s=self.commit.transfer_exposed_s,
+                    transfer_bytes=self.commit.transfer_bytes,
+                    transport=self.started.transport,
+                    prefill_worker=self.prefill_worker,
+                    prefill_cached_tokens=self.started.cached_tokens,
+                )
+            )
+        return timeline

@@ -1,0 +1,317 @@
+"""The decode worker: reserves blocks, has them filled, and streams tokens to the routers."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+
+from baton.clock import Clock, monotonic
+from baton.cluster.worker_info import WorkerInfo
+from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from baton.ids import BlockId, RequestId
+from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
+from baton.rpc.convert import (
+    layout_to_proto,
+    logprobs_from_proto,
+    logprobs_to_proto,
+    sampling_from_proto,
+    sampling_to_proto,
+)
+from baton.settings import DecodeWorkerSettings
+from decode_worker.prefill_client import PrefillCancelled, PrefillClient
+from decode_worker.request import ActiveRequest, Outbox
+from decode_worker.session import ServeContext, Session
+from engine.host import WorkerHost
+from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
+from kvtransfer.registry import make_receiver
+
+log = logging.getLogger(__name__)
+
+SERVICE = "baton.v1.DecodeWorker"
+PREFILL_ATTEMPTS_MAX = 3
+
+_FINISH_REASONS = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class DecodeWorker:
+    """One process's decode worker; lives on the asyncio loop that `start` is called on."""
+
+    def __init__(self, settings: DecodeWorkerSettings, clock: Clock = monotonic) -> None:
+        self._settings, self._clock = settings, clock
+        self._host = WorkerHost("decode", settings, self._on_result)
+        self._requests: dict[RequestId, ActiveRequest] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def info(self) -> WorkerInfo:
+        return self._host.info
+
+    @property
+    def address(self) -> str:
+        return self._host.address
+
+    async def start(self) -> None:
+        """Returns when the model is loaded, the ports are open and the cluster knows."""
+        settings = self._settings
+        await self._host.load()
+        self._prefill_client = PrefillClient(settings.prefill_timeout_s)
+        self._receiver = make_receiver(
+            settings.transports,
+            self._host.engine.region,
+            settings.host,
+            settings.transport_port,
+            settings.reachable_host,
+            self._host.registry,
+        )
+        await self._receiver.start()
+        servicer = _Servicer(self)
+        await self._host.serve(
+            SERVICE, lambda server: worker_pb2_grpc.add_DecodeWorkerServicer_to_server(servicer, server)
+        )
+
+    async def drain(self) -> None:
+        await self._host.drain(self._idle.wait)
+
+    async def stop(self) -> None:
+        await self._host.close_services()
+        for request in list(self._requests.values()):
+            self.cancel(request.request_id, request.outbox)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if hasattr(self, "_receiver"):
+            await self._prefill_client.close()
+            await self._receiver.close()
+        await self._host.stop()
+
+    # ---- from routers
+
+    def submit(self, message: worker_pb2.Submit, outbox: Outbox) -> None:
+        """Answers through the outbox alone, errors too."""
+        request_id = RequestId(message.request_id)
+        try:
+            request = self._accept(request_id, message, outbox)
+        except BatonError as error:
+            outbox.put(_error_output(request_id, error))
+            return
+        self._requests[request_id] = request
+        self._idle.clear()
+        self._spawn(request, self._add(request))
+
+    def _accept(self, request_id: RequestId, message: worker_pb2.Submit, outbox: Outbox) -> ActiveRequest:
+        if self._host.state == "draining":
+            raise Unavailable(f"Decode worker {self._host.worker_id} is shutting down; use another.")
+        if request_id in self._requests:
+            raise InvalidRequest(f"Request id {request_id} is in use.", "request_id")
+        sampling = sampling_from_proto(message.sampling)
+        stays = (
+            not message.prefill_candidates
+            or sampling.prompt_logprobs is not None
+            or len(message.prompt) <= self._settings.local_prefill_tokens_max
+        )
+        return ActiveRequest(
+            request_id,
+            tuple(message.prompt),
+            sampling,
+            message.cache_salt,
+            tuple(message.prefill_candidates[:PREFILL_ATTEMPTS_MAX]),
+            outbox,
+            self._clock,
+            self._host.worker_id,
+            Prefill.HERE if stays else Prefill.ELSEWHERE,
+        )
+
+    async def _add(self, request: ActiveRequest) -> None:
+        engine_request = EngineRequest(
+            request.request_id, request.prompt, request.sampling, request.prefill, request.cache_salt
+        )
+        try:
+            await self._host.engine.call(lambda engine: engine.add(engine_request))
+        except BatonError as error:
+            self._finish(request, _error_output(request.request_id, error))
+            return
+        if request.cancelled.is_set():
+            self._abort(request)
+
+    def cancel(self, request_id: RequestId, outbox: Outbox) -> None:
+        """Forgets a request that came by this outbox; its blocks are free as soon as nobody writes into them."""
+        request = self._requests.get(request_id)
+        if request is None or request.outbox is not outbox or request.cancelled.is_set():
+            return
+        request.cancelled.set()
+        if request.remote_prefill is None:
+            self._abort(request)
+
+    def _abort(self, request: ActiveRequest) -> None:
+        self._host.engine.post(lambda engine: engine.abort(request.request_id))
+        self._forget(request)
+
+    # ---- from the engine
+
+    def _on_result(self, result: StepResult) -> None:
+        for admitted in result.admitted:
+            if request := self._requests.get(admitted.request_id):
+                self._on_admitted(request, admitted)
+        for generated in result.generated:
+            if request := self._requests.get(generated.request_id):
+                self._on_generated(request, generated)
+        for failed in result.failed:
+            if request := self._requests.get(failed.request_id):
+                self._finish(request, _error_output(failed.request_id, failed.error))
+
+    def _on_admitted(self, request: ActiveRequest, event: Admitted) -> None:
+        request.admit(event)
+        if request.prefill is Prefill.HERE or request.cancelled.is_set():
+            return
+        if len(request.prompt) - event.cached_tokens <= self._settings.local_prefill_tokens_max:
+            self._host.engine.post(lambda engine: engine.prefill_here(request.request_id))
+        else:
+            request.remote_prefill = self._spawn(request, self._prefill_remotely(request, event.blocks))
+
+    def _on_generated(self, request: ActiveRequest, event: Generated) -> None:
+        if request.first_token_s is None:
+            request.first_token_s = self._clock()
+        output = worker_pb2.TokenOutput(
+            request_id=request.request_id,
+            token_ids=event.token_ids,
+            logprobs=map(logprobs_to_proto, event.logprobs),
+            prompt_logprobs=map(logprobs_to_proto, event.prompt_logprobs),
+            finish_reason=_FINISH_REASONS[event.finish_reason],
+            cached_tokens=request.tokens_not_computed,
+        )
+        if event.finish_reason is None:
+            request.outbox.put(output)
+        else:
+            output.timeline.CopyFrom(request.timeline(event.preemptions))
+            self._finish(request, output)
+
+    # ---- prefill elsewhere
+
+    async def _prefill_remotely(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> None:
+        """Has the reserved blocks filled by the first candidate that can; else by this worker's own engine."""
+        try:
+            await self._try_candidates(request, blocks)
+        except PrefillCancelled:
+            assert request.cancelled.is_set()
+        finally:
+            request.remote_prefill = None
+            if request.cancelled.is_set():
+                self._abort(request)
+
+    async def _try_candidates(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> None:
+        for candidate in request.candidates:
+            ticket = self._open_ticket(request, blocks)
+            try:
+                started, commit = await self._prefill_client.prefill(candidate.address, ticket, request.cancelled)
+            except Unavailable as error:
+                log.warning("request %s: %s", request.request_id, error)
+                continue
+            finally:
+                self._receiver.close_ticket(request.request_id)
+            request.committed(candidate.worker_id, started, commit)
+            self._commit(request, commit)
+            return
+        self._host.engine.post(lambda engine: engine.prefill_here(request.request_id))
+
+    def _commit(self, request: ActiveRequest, commit: worker_pb2.PrefillCommit) -> None:
+        logprobs = (logprobs_from_proto(commit.logprobs),) if commit.HasField("logprobs") else ()
+        self._host.engine.post(lambda engine: engine.commit(request.request_id, commit.first_token, logprobs))
+
+    def _open_ticket(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> worker_pb2.Ticket:
+        model = self._host.model
+        first_block = request.cached_tokens // model.layout.block_tokens
+        offers = self._receiver.open(request.request_id, blocks[first_block:])
+        return worker_pb2.Ticket(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            sampling=sampling_to_proto(request.sampling),
+            cache_salt=request.cache_salt,
+            layout=layout_to_proto(model.layout),
+            fingerprint=model.fingerprint,
+            first_block=first_block,
+            blocks=blocks[first_block:],
+            offers=[worker_pb2.TransportOffer(transport=o.transport, descriptor=o.descriptor) for o in offers],
+            deadline_s=self._settings.prefill_timeout_s,
+        )
+
+    # ---- ends
+
+    def _finish(self, request: ActiveRequest, output: worker_pb2.TokenOutput) -> None:
+        request.outbox.put(output)
+        self._forget(request)
+
+    def _forget(self, request: ActiveRequest) -> None:
+        self._requests.pop(request.request_id, None)
+        if not self._requests:
+            self._idle.set()
+
+    def cancel_all(self, outbox: Outbox) -> None:
+        """The router that reads this outbox is gone."""
+        for request in [r for r in self._requests.values() if r.outbox is outbox]:
+            self.cancel(request.request_id, outbox)
+
+    def _spawn(self, request: ActiveRequest, work: Coroutine[object, object, None]) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+
+        def done(task: "asyncio.Task[None]") -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()):
+                log.error("request %s failed by a bug here", request.request_id, exc_info=error)
+                self._host.engine.post(lambda engine: engine.abort(request.request_id))
+                self._finish(request, _error_output(request.request_id, BatonError("The decode worker failed.")))
+
+        task.add_done_callback(done)
+        return task
+
+
+def _error_output(request_id: RequestId, error: BatonError) -> worker_pb2.TokenOutput:
+    kinds = {
+        InvalidRequest: worker_pb2.ERROR_KIND_INVALID_REQUEST,
+        Overloaded: worker_pb2.ERROR_KIND_OVERLOADED,
+        Unavailable: worker_pb2.ERROR_KIND_UNAVAILABLE,
+    }
+    return worker_pb2.TokenOutput(
+        request_id=request_id,
+        finish_reason=common_pb2.FINISH_REASON_ERROR,
+        error=str(error),
+        error_kind=next(
+            (kind for cls, kind in kinds.items() if isinstance(error, cls)), worker_pb2.ERROR_KIND_INTERNAL
+        ),
+    )
+
+
+class _Servicer(worker_pb2_grpc.DecodeWorkerServicer):
+    """Each call is one router."""
+
+    def __init__(self, worker: DecodeWorker) -> None:
+        self._worker = worker
+
+    async def Serve(  # noqa: N802 - gRPC's name
+        self, request_iterator: object, context: ServeContext
+    ) -> None:
+        del request_iterator  # read through the context, which knows the end of the stream
+        session = Session()
+
+        def handle(message: worker_pb2.ServeRequest) -> None:
+            match message.WhichOneof("message"):
+                case "submit":
+                    self._worker.submit(message.submit, session)
+                case "cancel":
+                    self._worker.cancel(RequestId(message.cancel.request_id), session)
+
+        sends = asyncio.ensure_future(session.send(context))
+        receives = asyncio.ensure_future(session.receive(context, handle))
+        try:
+            done, _ = await asyncio.wait({sends, receives}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._worker.cancel_all(session)
+            for task in (sends, receives):
+                task.cancel()
+            await asyncio.gather(sends, receives, return_exceptions=True)

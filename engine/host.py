@@ -1,0 +1,178 @@
+"""What prefill and decode workers share: an engine on its thread, a gRPC server, membership, status."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+
+import grpc.aio
+from prometheus_client import CollectorRegistry, start_http_server
+
+from baton.cluster.membership import Membership
+from baton.cluster.redis_client import connect_redis
+from baton.cluster.worker_info import Load, Role, State, WorkerInfo
+from baton.errors import SettingsError
+from baton.ids import WorkerId, new_worker_id
+from baton.rpc import worker_pb2, worker_pb2_grpc
+from baton.service import GrpcService
+from baton.settings import WorkerSettings
+from engine.core import LocalEngine
+from engine.interface import LayerListener, ModelInfo, StepResult
+from engine.metrics import EngineMetrics
+from engine.thread import EngineThread
+
+log = logging.getLogger(__name__)
+
+_STATES = {
+    "starting": worker_pb2.WORKER_STATE_STARTING,
+    "ready": worker_pb2.WORKER_STATE_READY,
+    "draining": worker_pb2.WORKER_STATE_DRAINING,
+}
+
+
+class WorkerHost:
+    """A worker without its role.
+
+    The role gives `on_result` (called on the loop with each engine step's outcome), optionally a layer
+    listener (called on the engine thread), and registers its own gRPC service at `serve`.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        settings: WorkerSettings,
+        on_result: Callable[[StepResult], None],
+        layer_listener: LayerListener | None = None,
+    ) -> None:
+        self.role, self.settings = role, settings
+        self.worker_id = WorkerId(settings.worker_id) if settings.worker_id else new_worker_id(role)
+        self.state: State = "starting"
+        self.registry = CollectorRegistry()
+        self._on_result, self._layer_listener = on_result, layer_listener
+        self._epoch = secrets.token_hex(8)
+        self._exits: list[Callable[[], object]] = []
+
+    async def load(self) -> None:
+        """Loads the model and allocates the pool, on the engine's thread. Raises as LocalEngine.load does."""
+        self.engine = EngineThread(
+            lambda: LocalEngine.load(self.settings, self._layer_listener),
+            self._on_result,
+            asyncio.get_running_loop(),
+        )
+        await self.engine.started()
+        self.model: ModelInfo = self.engine.model
+        EngineMetrics(self.registry, self.role, self.model.name, self.engine.stats)
+
+    async def serve(self, service: str, register: Callable[[grpc.aio.Server], None]) -> None:
+        """Starts to listen, and announces the worker as ready."""
+        settings = self.settings
+        redis = await connect_redis(settings.redis_url)
+        self._exits.append(redis.aclose)
+        self._grpc = GrpcService(settings.host, settings.grpc_port, [service, "baton.v1.Worker"])
+
+        def register_all(server: grpc.aio.Server) -> None:
+            register(server)
+            worker_pb2_grpc.add_WorkerServicer_to_server(_StatusServicer(self), server)
+
+        await self._grpc.start(register_all)
+        self._exits.append(self._grpc.stop)
+        if settings.metrics_port is not None:
+            self._serve_metrics(settings.metrics_port)
+        self.state = "ready"
+        self._membership = Membership(redis, settings.key_prefix, lambda: self.info)
+        await self._membership.start()
+        self._exits.append(self._membership.close)
+        await self._grpc.set_serving(True)
+        log.info("%s ready at %s, %d KV blocks", self.worker_id, self.address, self.model.layout.blocks)
+
+    def _serve_metrics(self, port: int) -> None:
+        try:
+            server, thread = start_http_server(port, self.settings.host, self.registry)
+        except OSError as error:
+            raise SettingsError(f"The metrics port {port} cannot be listened on: {error.strerror}.") from None
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._exits.append(close)
+
+    @property
+    def address(self) -> str:
+        return f"{self.settings.reachable_host}:{self._grpc.port}"
+
+    @property
+    def info(self) -> WorkerInfo:
+        stats = self.engine.stats()
+        return WorkerInfo(
+            worker_id=self.worker_id,
+            role=self.role,
+            state=self.state,
+            address=self.address,
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            context_length=self.model.context_length,
+            vocabulary_size=self.model.vocabulary_size,
+            block_tokens=self.model.layout.block_tokens,
+            kv_blocks_total=self.model.layout.blocks,
+            epoch=self._epoch,
+            load=Load(
+                running_sequences=stats.running_sequences,
+                waiting_sequences=stats.waiting_sequences,
+                waiting_tokens=stats.waiting_tokens,
+                kv_blocks_used=stats.kv_blocks_used,
+                kv_blocks_cached=stats.kv_blocks_cached,
+            ),
+        )
+
+    async def drain(self, until_idle: Callable[[], Awaitable[object]]) -> None:
+        """Tells the cluster to send nothing new, then waits for what runs, `drain_timeout_s` at most."""
+        self.state = "draining"
+        await self._grpc.set_serving(False)
+        await self._membership.announce()
+        try:
+            await asyncio.wait_for(until_idle(), self.settings.drain_timeout_s)
+        except TimeoutError:
+            log.warning("%s still had work after %g s of draining", self.worker_id, self.settings.drain_timeout_s)
+
+    async def close_services(self) -> None:
+        """Leaves the cluster and ends the calls that are still open. Idempotent."""
+        while self._exits:
+            outcome = self._exits.pop()()
+            if asyncio.iscoroutine(outcome):
+                await outcome
+
+    async def stop(self) -> None:
+        """Idempotent, and right at any point of a start that failed."""
+        await self.close_services()
+        if hasattr(self, "engine"):
+            await self.engine.stop()
+
+    def status(self) -> worker_pb2.WorkerStatus:
+        stats = self.engine.stats()
+        return worker_pb2.WorkerStatus(
+            worker_id=self.worker_id,
+            role=self.role,
+            model=self.model.name,
+            state=_STATES[self.state],
+            running_sequences=stats.running_sequences,
+            waiting_sequences=stats.waiting_sequences,
+            waiting_tokens=stats.waiting_tokens,
+            kv_blocks_total=stats.kv_blocks_total,
+            kv_blocks_used=stats.kv_blocks_used,
+            kv_blocks_cached=stats.kv_blocks_cached,
+        )
+
+
+class _StatusServicer(worker_pb2_grpc.WorkerServicer):
+    def __init__(self, host: WorkerHost) -> None:
+        self._host = host
+
+    async def GetStatus(  # noqa: N802 - gRPC's name
+        self,
+        request: worker_pb2.GetStatusRequest,
+        context: "grpc.aio.ServicerContext[worker_pb2.GetStatusRequest, worker_pb2.WorkerStatus]",
+    ) -> worker_pb2.WorkerStatus:
+        del request, context
+        return self._host.status()
