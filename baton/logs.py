@@ -16,7 +16,7 @@ class OneLine(logging.Formatter):
     blotted out wherever they come from.
     """
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 

@@ -101,6 +101,7 @@ class DecodeWorkerSettings(WorkerSettings):
 class RouterSettings(ServiceSettings):
     http_port: Port = Field(8000, ge=0, le=65535, description="OpenAI-compatible HTTP port; 0 picks a free one")
     requests_max: int = Field(4096, ge=1, description="Requests in flight at most; past it: 429")
+    request_timeout_s: float = Field(3600, gt=0, description="Longest that one request may take; past it: 504")
     prompt_bytes_max: int = Field(4 * 2**20, ge=1, description="Longest prompt text")
     body_bytes_max: int = Field(32 * 2**20, ge=1, description="Largest HTTP body or gRPC message")
 

@@ -9,6 +9,7 @@ import grpc.aio
 from baton.errors import Unavailable
 from baton.process import ProcessIdentity
 from baton.rpc import worker_pb2, worker_pb2_grpc
+from baton.rpc.streams import SerialWriter
 from baton.service import CHANNEL_OPTIONS
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,11 @@ class _Attempt:
 
     def __init__(self, call: "PrefillCall") -> None:
         self._call = call
+        self._write = SerialWriter(call.write)
         self._started: worker_pb2.PrefillStarted | None = None
 
     async def run(self, ticket: worker_pb2.Ticket) -> Outcome:
-        await self._call.write(worker_pb2.PrefillRequest(ticket=ticket))
+        await self._write(worker_pb2.PrefillRequest(ticket=ticket))
         while isinstance(response := await self._call.read(), worker_pb2.PrefillResponse):
             match response.WhichOneof("message"):
                 case "started":
@@ -99,7 +101,7 @@ class _Attempt:
     async def take_back(self, work: asyncio.Future[Outcome]) -> None:
         """Cancels the ticket and waits until nothing is written under it."""
         try:
-            await self._call.write(worker_pb2.PrefillRequest(cancel=worker_pb2.PrefillCancel()))
+            await self._write(worker_pb2.PrefillRequest(cancel=worker_pb2.PrefillCancel()))
             await asyncio.wait_for(work, RELEASE_TIMEOUT_S)  # ends with `released`, a late commit or an error
         except PrefillCancelled:
             pass

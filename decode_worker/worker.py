@@ -6,7 +6,7 @@ from collections.abc import Coroutine, Sequence
 
 from baton.clock import Clock, monotonic
 from baton.cluster.worker_info import WorkerInfo
-from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from baton.errors import BatonError, InvalidRequest, Overloaded, TransferError, Unavailable
 from baton.ids import BlockId, RequestId
 from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
 from baton.rpc.convert import (
@@ -204,10 +204,10 @@ class DecodeWorker:
 
     async def _try_candidates(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> None:
         for candidate in request.candidates:
-            ticket = self._open_ticket(request, blocks)
             try:
+                ticket = self._open_ticket(request, blocks)
                 started, commit = await self._prefill_client.prefill(candidate.address, ticket, request.cancelled)
-            except Unavailable as error:
+            except (Unavailable, TransferError) as error:
                 log.warning("request %s: %s", request.request_id, error)
                 continue
             finally:

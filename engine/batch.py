@@ -24,6 +24,8 @@ class Row:
     """Whether a token is drawn from the last position: false for all chunks of a prompt but the last."""
     prompt_logprobs: int | None = None
     """Report this many alternatives for what follows each position of this row, within the prompt."""
+    next_token: int | None = None
+    """With prompt_logprobs: the prompt's token right after this row; None where the prompt ends with it."""
 
 
 @dataclass(frozen=True, slots=True)

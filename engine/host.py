@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import grpc.aio
 from prometheus_client import CollectorRegistry, start_http_server
@@ -165,6 +166,9 @@ class WorkerHost:
         )
 
 
+StatusContext: TypeAlias = "grpc.aio.ServicerContext[worker_pb2.GetStatusRequest, worker_pb2.WorkerStatus]"
+
+
 class _StatusServicer(worker_pb2_grpc.WorkerServicer):
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
@@ -172,7 +176,7 @@ class _StatusServicer(worker_pb2_grpc.WorkerServicer):
     async def GetStatus(  # noqa: N802 - gRPC's name
         self,
         request: worker_pb2.GetStatusRequest,
-        context: "grpc.aio.ServicerContext[worker_pb2.GetStatusRequest, worker_pb2.WorkerStatus]",
+        context: StatusContext,
     ) -> worker_pb2.WorkerStatus:
         del request, context
         return self._host.status()

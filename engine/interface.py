@@ -12,7 +12,9 @@ from typing import Protocol
 from baton.errors import BatonError
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
+from baton.sampling import PositionLogprobs as PositionLogprobs
 from baton.sampling import SamplingParams
+from baton.sampling import TokenLogprob as TokenLogprob
 from kvtransfer.interface import Region
 
 
@@ -39,16 +41,6 @@ class EngineRequest:
     sampling: SamplingParams
     prefill: Prefill
     cache_salt: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    token_id: int
-    logprob: float
-
-
-PositionLogprobs = tuple[TokenLogprob, ...]
-"""One position: the chosen (or prompt) token first, then the most likely ones, best first."""
 
 
 @dataclass(frozen=True, slots=True)

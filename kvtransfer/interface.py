@@ -3,11 +3,11 @@
 The decode worker *receives*: for each request it opens a ticket on the blocks it reserved and gives
 the ticket's offers to the prefill worker. The prefill worker *sends*: it takes the best offer it can
 serve, writes slices into the ticket's blocks and fences. All methods run on the worker's asyncio loop
-and never block it: copies and socket I/O of more than a few hundred KB happen elsewhere.
+and never block it: copies and socket I/O of more than a few hundred KB happen elsewhere or in pieces.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.ids import BlockId, RequestId
@@ -20,7 +20,7 @@ class Offer:
     secret, so it is never logged."""
 
     transport: str
-    descriptor: bytes
+    descriptor: bytes = field(repr=False)
 
 
 class Region(Protocol):
@@ -28,26 +28,34 @@ class Region(Protocol):
 
     layout: KVLayout
 
+    @property
+    def is_host(self) -> bool:
+        """Host memory: views are the region itself, so taking them costs nothing and may be done on the
+        loop. For other memory `readable` may wait for the device, so it is called in a thread."""
+
     def readable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
         """Bytes of `blocks` adjacent slices. Host memory: a view of the region itself. Device memory:
         a host copy, taken after the writes that were issued before the call."""
 
     def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
-        """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments."""
+        """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments,
+        before any other view is asked for."""
 
     def written(self, layer: int, kv: int, first_block: int, blocks: int) -> None:
-        """The view from `writable` is filled. Host memory: nothing to do. Device memory: copies it in."""
+        """The view from `writable` is filled. Host memory: nothing to do. Device memory: copies it in;
+        called on the loop with a few MB at most."""
 
     def share(self) -> bytes | None:
-        """How another process of this user on this machine maps the region (kvtransfer/region.py), or
-        None where it cannot."""
+        """How another process of this user maps the region (kvtransfer/region.py), or None where it
+        cannot."""
 
     def close(self) -> None: ...
 
 
 class Connection(Protocol):
-    """One ticket's way into the decode worker's region. Raises TransferError when the peer, the link or
-    the ticket is gone; after an error only `close` may follow."""
+    """One ticket's way into the decode worker's region, used by one task at a time (`close` may be
+    called by another). Raises TransferError when the peer, the link or the ticket is gone; after an
+    error or a cancellation only `close` may follow."""
 
     transport: str
     bytes_written: int
@@ -56,13 +64,16 @@ class Connection(Protocol):
 
     async def write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         """Copies the key and the value slice of each source block, in one layer, to the target block
-        of the same index. Returns when the source may change again: not when the bytes have landed."""
+        of the same index. Returns when the source may change again: not when the bytes have landed.
+        Cancelled, it ends when the source is no longer read."""
 
     async def fence(self) -> None:
         """Returns when everything written so far lies in the peer's region."""
 
     async def close(self) -> None:
-        """Idempotent; after it returns nothing is written any more."""
+        """Idempotent; after it returns this side reads and writes nothing any more. What was written
+        without a fence may have landed or not, and what a socket still carries lands until the receiver
+        closes the ticket."""
 
 
 class Sender(Protocol):
@@ -72,19 +83,23 @@ class Sender(Protocol):
         """Takes the first offer that works; `layout` is the peer's. Raises TransferError, with each
         offer's reason, if none does."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Closes its connections too."""
 
 
 class Receiver(Protocol):
     """The decode side; one per worker."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Raises TransferError if it cannot, such as for a port that is taken."""
 
     def open(self, request_id: RequestId, blocks: Sequence[BlockId]) -> Sequence[Offer]:
-        """Lets whoever holds an offer write into `blocks`, and nothing else, until `close_ticket`."""
+        """Lets whoever holds an offer write into `blocks`, and nothing else, until `close_ticket`; an
+        earlier ticket of the same request is closed. Raises TransferError if there is no way to offer."""
 
     def close_ticket(self, request_id: RequestId) -> None:
         """Withdraws the offers. What this process itself receives (tcp, inproc) lands no more; a one-sided
-        writer (shm) may still be in a copy until it has answered `released` or died. Unknown ids are ignored."""
+        writer (shm) sees it before its next copy, but may still be in one until it has answered `released`
+        or died. Unknown ids are ignored."""
 
     async def close(self) -> None: ...

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import grpc.aio
@@ -15,6 +15,7 @@ from baton.ids import RequestId
 from baton.rpc import worker_pb2, worker_pb2_grpc
 from baton.rpc.convert import layout_from_proto, sampling_from_proto
 from baton.rpc.status_codes import status_code
+from baton.rpc.streams import SerialWriter
 from baton.settings import PrefillWorkerSettings
 from engine.host import WorkerHost
 from engine.interface import BlocksWritten, EngineRequest, Prefill, StepResult
@@ -141,6 +142,7 @@ class PrefillWorker:
                 job.failed(failed)
 
 
+Respond = SerialWriter[worker_pb2.PrefillResponse]
 PrefillContext: TypeAlias = "grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]"
 
 
@@ -159,14 +161,15 @@ class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
             if not isinstance(first, worker_pb2.PrefillRequest) or first.WhichOneof("message") != "ticket":
                 raise InvalidRequest("The first message of a Prefill stream must be a ticket.")
             job = await self._worker.open_job(first.ticket)
-            if not await self._run(job, context):
-                await context.write(worker_pb2.PrefillResponse(released=worker_pb2.PrefillReleased()))
+            respond = Respond(context.write)
+            if not await self._run(job, context, respond):
+                await respond(worker_pb2.PrefillResponse(released=worker_pb2.PrefillReleased()))
         except BatonError as error:
             await context.abort(status_code(error), str(error))
 
-    async def _run(self, job: PrefillJob, context: PrefillContext) -> bool:
+    async def _run(self, job: PrefillJob, context: PrefillContext, respond: Respond) -> bool:
         """Whether the commit was sent; false: the decode worker took the ticket back."""
-        work = asyncio.ensure_future(self._prefill(job, context.write))
+        work = asyncio.ensure_future(self._prefill(job, respond))
         taken_back = asyncio.ensure_future(context.read())
         committed = False
         try:
@@ -186,7 +189,7 @@ class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
         return committed
 
     @staticmethod
-    async def _prefill(job: PrefillJob, respond: Callable[[worker_pb2.PrefillResponse], Awaitable[None]]) -> None:
+    async def _prefill(job: PrefillJob, respond: Respond) -> None:
         await respond(worker_pb2.PrefillResponse(started=await job.started()))
         await job.send()
         await respond(worker_pb2.PrefillResponse(commit=await job.commit()))

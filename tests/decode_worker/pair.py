@@ -13,6 +13,7 @@ import grpc.aio
 
 from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
 from baton.rpc.convert import sampling_to_proto
+from baton.rpc.streams import SerialWriter
 from baton.sampling import SamplingParams
 from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from decode_worker.worker import DecodeWorker
@@ -46,6 +47,7 @@ class RouterStream:
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address)
         self._call = worker_pb2_grpc.DecodeWorkerStub(self._channel).Serve()
+        self._write = SerialWriter(self._call.write)
         self._outputs: dict[str, asyncio.Queue[worker_pb2.TokenOutput]] = {}
         self._reader = asyncio.ensure_future(self._read())
         self._ids = itertools.count()
@@ -73,11 +75,11 @@ class RouterStream:
                 worker_pb2.PrefillCandidate(worker_id=f"worker at {address}", address=address) for address in candidates
             ],
         )
-        await self._call.write(worker_pb2.ServeRequest(submit=submit))
+        await self._write(worker_pb2.ServeRequest(submit=submit))
         return request_id
 
     async def cancel(self, request_id: str) -> None:
-        await self._call.write(worker_pb2.ServeRequest(cancel=worker_pb2.Cancel(request_id=request_id)))
+        await self._write(worker_pb2.ServeRequest(cancel=worker_pb2.Cancel(request_id=request_id)))
 
     async def next_output(self, request_id: str) -> worker_pb2.TokenOutput:
         return await asyncio.wait_for(self._outputs[request_id].get(), TIMEOUT_S)

@@ -204,9 +204,7 @@ def test_a_dead_candidate_costs_nothing_but_time(llama: Path, with_pair: Run) ->
     with_pair(test)
 
 
-def test_a_prefill_worker_with_other_weights_is_refused(
-    llama: Path, with_pair: Run, tmp_path: Path
-) -> None:
+def test_a_prefill_worker_with_other_weights_is_refused(llama: Path, with_pair: Run, tmp_path: Path) -> None:
     prompt = random_prompt(140)
     other = make_model("llama", tmp_path, seed=77)
 
@@ -223,9 +221,7 @@ def test_cancelling_at_any_moment_frees_the_blocks_of_both_workers(transport: st
     async def test(pair: Pair) -> None:
         for delay_ms in (0, 1, 3, 6, 10, 15, 25, 40, 80):
             prompt = random_prompt(400, seed=delay_ms)
-            request_id = await pair.stream.submit(
-                prompt, GREEDY.with_changes(max_tokens=100), [pair.prefill.address]
-            )
+            request_id = await pair.stream.submit(prompt, GREEDY.with_changes(max_tokens=100), [pair.prefill.address])
             await asyncio.sleep(delay_ms / 1000)
             await pair.stream.cancel(request_id)
             await pair.until_idle(within_s=1.0)
@@ -237,7 +233,9 @@ def test_a_router_that_goes_away_cancels_what_it_asked(with_pair: Run) -> None:
     async def test(pair: Pair) -> None:
         router = RouterStream(pair.decode.address)
         for seed in range(4):
-            await router.submit(random_prompt(300, seed=seed), GREEDY.with_changes(max_tokens=200), [pair.prefill.address])
+            await router.submit(
+                random_prompt(300, seed=seed), GREEDY.with_changes(max_tokens=200), [pair.prefill.address]
+            )
         stays = await pair.stream.submit(random_prompt(100, seed=50), GREEDY, [pair.prefill.address])
         await router.close()
         assert len((await pair.stream.answer(stays)).token_ids) == 24
@@ -274,3 +272,27 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(with_pair: Run) -> 
         await draining
 
     with_pair(test)
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode", "router"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_stopping_in_the_middle_of_everything_ends(
+    first: str, transport: str, llama: Path, redis_server: EmbeddedRedis, key_prefix: str
+) -> None:
+    async def main() -> None:
+        async with running_pair(
+            llama, redis_server.url, key_prefix, kv_blocks=40, chunk_tokens=16, transports=(transport,)
+        ) as pair:
+            prompts = [random_prompt(5 + 15 * seed, seed=seed) for seed in range(16)]
+            ids = [await pair.stream.submit(prompt, GREEDY, [pair.prefill.address]) for prompt in prompts]
+            await pair.stream.next_output(ids[0])
+            stop = {"prefill": pair.prefill.stop, "decode": pair.decode.stop, "router": pair.stream.close}[first]
+            await asyncio.wait_for(stop(), 20)
+            raise Left
+
+    with pytest.raises(Left):
+        asyncio.run(main())
+
+
+class Left(Exception):
+    """Raised to leave a running pair without waiting for what it does."""

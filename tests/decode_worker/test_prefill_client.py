@@ -28,7 +28,7 @@ TICKET = worker_pb2.Ticket(request_id="r", prompt=[1, 2, 3])
 
 async def with_scripted(script: Script, test: Callable[[PrefillClient, str], Awaitable[None]], timeout_s: float = 30):
     class Scripted(worker_pb2_grpc.PrefillWorkerServicer):
-        async def Prefill(self, request_iterator, context):  # noqa: N802
+        async def Prefill(self, request_iterator, context):  # noqa: ARG002, N802
             ticket = await context.read()
             assert ticket.ticket == TICKET
             await script(context)
@@ -71,7 +71,7 @@ def test_a_refusal_says_why() -> None:
 def test_nobody_at_the_address() -> None:
     async def test() -> None:
         client = PrefillClient(30)
-        with pytest.raises(Unavailable, match="127.0.0.1:1 failed: UNAVAILABLE"):
+        with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 failed: UNAVAILABLE"):
             await client.prefill("127.0.0.1:1", TICKET, asyncio.Event())
         await client.close()
 

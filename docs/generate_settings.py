@@ -1,0 +1,89 @@
+"""Writes docs/settings.md from baton/settings.py: `python docs/generate_settings.py`."""
+
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from baton.settings import (
+    DecodeWorkerSettings,
+    PrefillWorkerSettings,
+    RouterSettings,
+    ServiceSettings,
+    UpSettings,
+    WorkerSettings,
+)
+from launcher.plan import BY_HAND_ONLY
+
+PAGE = Path(__file__).parent / "settings.md"
+INTRODUCTION = """\
+# Settings
+
+<!-- Made by docs/generate_settings.py from baton/settings.py; do not edit. -->
+
+A setting has one name everywhere: the flag `--kv-blocks`, the environment variable `BATON_KV_BLOCKS` and the YAML
+key `kv_blocks` (in the file given with `--config`) are the same. A flag wins over the environment, the environment
+over the file, the file over the default. All are read once, at the start; a bad value or an unknown key in the file
+ends the start with a sentence that names it. Switches have a negative form: `--no-prefix-cache`.
+Lists are separated by commas in flags, and are JSON in environment variables.
+"""
+NOT_FOR_UP = ", ".join(f"`{name}`" for name in sorted(BY_HAND_ONLY))
+SECTIONS: tuple[tuple[str, type[ServiceSettings], str], ...] = (
+    ("Every process", ServiceSettings, "Taken by every command that serves."),
+    ("Workers", WorkerSettings, "Also taken by `baton prefill-worker`, `baton decode-worker` and `baton up`."),
+    ("Prefill worker", PrefillWorkerSettings, "Also taken by `baton prefill-worker` and `baton up`."),
+    ("Decode worker", DecodeWorkerSettings, "Also taken by `baton decode-worker` and `baton up`."),
+    ("Router", RouterSettings, "Also taken by `baton router` and `baton up`."),
+    ("One command", UpSettings, f"`baton up` takes these, and all of the above but {NOT_FOR_UP}."),
+)
+
+
+def render() -> str:
+    return "\n".join([INTRODUCTION, *(section(*one) for one in SECTIONS)])
+
+
+def section(title: str, settings: type[ServiceSettings], who: str) -> str:
+    rows = [
+        row(name, settings.model_fields[name]) for name in settings.__annotations__ if name in settings.model_fields
+    ]
+    head = ["| setting | value | default | what it is |", "|---|---|---|---|"]
+    return "\n".join([f"## {title}", "", who, "", *head, *rows, ""])
+
+
+def row(name: str, field: FieldInfo) -> str:
+    return f"| `{name}` | {value(field)} | {default(field.default)} | {field.description or ''} |"
+
+
+def value(field: FieldInfo) -> str:
+    """The type, and the range where one is set."""
+    limits = [
+        f"{sign} {getattr(limit, bound)}"
+        for limit in field.metadata
+        for bound, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"))
+        if hasattr(limit, bound)
+    ]
+    return ", ".join([kind(field.annotation), *limits])
+
+
+def kind(annotation: Any) -> str:
+    arguments = [part for part in get_args(annotation) if part not in (NoneType, Ellipsis)]
+    if get_origin(annotation) in (Union, UnionType):
+        return kind(arguments[0])
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if get_origin(annotation) is tuple:
+        return f"list of {kind(arguments[0])}"
+    return {str: "text", int: "integer", float: "number", bool: "switch"}[annotation]
+
+
+def default(given: Any) -> str:
+    if given is None:
+        return "–"
+    if isinstance(given, bool):
+        return "on" if given else "off"
+    return f"`{','.join(given) if isinstance(given, tuple) else given}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())

@@ -1,0 +1,277 @@
+"""The engine itself: requests in, one batch a step, tokens out."""
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from baton.errors import BatonError, InvalidRequest
+from baton.ids import RequestId
+from baton.sampling import PositionLogprobs
+from baton.settings import WorkerSettings
+from engine.batch import Draw, Drawn, Row
+from engine.device_region import DeviceRegion
+from engine.interface import (
+    Admitted,
+    EngineRequest,
+    EngineStats,
+    Failed,
+    Generated,
+    LayerListener,
+    ModelInfo,
+    Prefill,
+    StepResult,
+)
+from engine.loader import LoadedModel, load_model
+from engine.pool_size import pool_blocks
+from engine.rows import draw_for, row_of, written_by
+from engine.runner import ModelRunner, StepLogits, kv_layout
+from engine.sampler import sample
+from engine.scheduler import Chunk, Limits, Scheduler
+from engine.sequence import LiveSequence, Stage, begin_sequence, check_request
+from kvcache.block_pool import BlockPool
+from kvtransfer.interface import Region
+from kvtransfer.region import HostRegion
+
+log = logging.getLogger(__name__)
+
+
+class Logits(Protocol):
+    """What a forward pass leaves behind; its sampled rows are for the sampler alone."""
+
+    @property
+    def prompt_logprobs(self) -> Sequence[tuple[PositionLogprobs, ...]]:
+        """For each row of the step, in order; empty where it did not ask."""
+
+
+AnyLogits = TypeVar("AnyLogits", bound=Logits)
+RunnerLogits = TypeVar("RunnerLogits", bound=Logits, covariant=True)
+OnLayer = Callable[[int], None]
+
+
+class Runner(Protocol[RunnerLogits]):
+    def forward(self, rows: Sequence[Row], on_layer: OnLayer | None) -> RunnerLogits:
+        """Computes the rows, writing their keys and values; calls `on_layer` as each layer's lie in the region."""
+
+    def close(self) -> None:
+        """Lets go of the region."""
+
+
+Sample = Callable[[AnyLogits, Sequence[Draw]], list[Drawn]]
+"""One token for each row that samples, in order."""
+
+
+def draw_seed() -> int:
+    return secrets.randbits(63)
+
+
+class LocalEngine(Generic[AnyLogits]):
+    """Implements engine.interface.Engine over a model in this process.
+
+    A step either tells news or computes. News - who was admitted, and first tokens that other engines
+    computed - is told at once and alone, because other workers wait for it; after it, the next step computes.
+    So a request's Admitted always comes before the first call of the layer listener about it.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        region: Region,
+        runner: Runner[AnyLogits],
+        sample: Sample[AnyLogits],
+        limits: Limits,
+        listener: LayerListener | None = None,
+        seeds: Callable[[], int] = draw_seed,
+    ) -> None:
+        """`seeds` gives the seed of each request that comes without one."""
+        assert model.context_length <= model.layout.blocks * model.layout.block_tokens
+        self.model, self.region = model, region
+        self._runner, self._sample = runner, sample
+        self._listener, self._seeds = listener, seeds
+        self._scheduler = Scheduler(BlockPool(model.layout.blocks), model.layout.block_tokens, limits)
+        self._sequences: dict[RequestId, LiveSequence] = {}
+        self._arrivals = count()
+        self._commits: dict[RequestId, Drawn] = {}
+        self._told_news = False
+        self._steps = 0
+
+    @staticmethod
+    def load(settings: WorkerSettings, listener: LayerListener | None = None) -> "LocalEngine[StepLogits]":
+        """Loads the model and allocates its pool. Raises SettingsError, UnsupportedModel or TransferError."""
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        loaded = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        return LocalEngine.of(loaded, settings, listener)
+
+    @staticmethod
+    def of(
+        loaded: LoadedModel, settings: WorkerSettings, listener: LayerListener | None = None
+    ) -> "LocalEngine[StepLogits]":
+        """Allocates a pool for a model."""
+        facts, block_tokens = loaded.facts, settings.block_tokens
+        limit = min(facts.context_length, settings.context_length_max or facts.context_length)
+        block_bytes = kv_layout(loaded, block_tokens, 1).block_bytes
+        layout = kv_layout(loaded, block_tokens, pool_blocks(settings, block_bytes, limit, loaded.device))
+        region = HostRegion.allocate(layout) if loaded.device.type == "cpu" else DeviceRegion(layout, loaded.device)
+        model = ModelInfo(
+            name=settings.model_name,
+            fingerprint=facts.fingerprint,
+            context_length=min(limit, layout.blocks * block_tokens),
+            vocabulary_size=facts.vocabulary_size,
+            eos_token_ids=facts.eos_token_ids,
+            layout=layout,
+        )
+        return LocalEngine(model, region, ModelRunner(loaded, region), _sample, Limits.of(settings), listener)
+
+    # ---- requests
+
+    def add(self, request: EngineRequest) -> None:
+        if request.request_id in self._sequences:
+            raise InvalidRequest("A request of this id is being served already.", "request_id")
+        check_request(request, self.model)
+        seed = self._seeds() if request.sampling.seed is None else request.sampling.seed
+        sequence = begin_sequence(request, self.model, next(self._arrivals), seed)
+        self._scheduler.add(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def abort(self, request_id: RequestId) -> None:
+        if sequence := self._sequences.get(request_id):
+            self._forget(sequence)
+
+    def commit(self, request_id: RequestId, first_token: int, logprobs: tuple[PositionLogprobs, ...]) -> None:
+        if sequence := self._sequences.get(request_id):
+            assert sequence.stage is Stage.RESERVED and request_id not in self._commits
+            self._commits[request_id] = Drawn(first_token, logprobs[0] if logprobs else ())
+
+    def prefill_here(self, request_id: RequestId) -> None:
+        if sequence := self._sequences.get(request_id):
+            assert request_id not in self._commits
+            self._scheduler.prefill_here(sequence)
+
+    def release(self, request_id: RequestId) -> None:
+        if sequence := self._sequences.get(request_id):
+            assert sequence.stage is Stage.HELD
+            self._forget(sequence)
+
+    def _forget(self, sequence: LiveSequence) -> None:
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request_id]
+        self._commits.pop(sequence.request_id, None)
+
+    # ---- steps
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler.running or self._commits) or self._scheduler.can_admit
+
+    def step(self) -> StepResult:
+        if not (self._told_news and self._scheduler.running):
+            news = self._news()
+            self._told_news = bool(news.admitted or news.generated)
+            if self._told_news:
+                return news
+        self._told_news = False
+        chunks = self._scheduler.schedule()
+        return self._compute(chunks) if chunks else StepResult()
+
+    def _news(self) -> StepResult:
+        admitted = [
+            Admitted(sequence.request_id, tuple(sequence.blocks), sequence.cached_tokens)
+            for sequence in self._scheduler.admit()
+            if not sequence.preemptions
+        ]
+        commits, self._commits = self._commits, {}
+        generated = [self._join(self._sequences[request_id], first) for request_id, first in commits.items()]
+        return StepResult(tuple(admitted), tuple(generated))
+
+    def _join(self, sequence: LiveSequence, first: Drawn) -> Generated:
+        self._scheduler.commit(sequence)
+        return self._accept(sequence, first)
+
+    def _compute(self, chunks: Sequence[Chunk]) -> StepResult:
+        """A failure costs the requests of this step, and nobody else: nothing of them was published yet."""
+        self._steps += 1
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        try:
+            logits = self._runner.forward([row_of(chunk) for chunk in chunks], self._on_layer(chunks))
+            drawn = self._sample(logits, [draw_for(sequence) for sequence in sampling])
+        except Exception as error:
+            log.exception("A step of %d rows failed", len(chunks))
+            return self._fail([chunk.sequence for chunk in chunks], error)
+        for chunk, logprobs in zip(chunks, logits.prompt_logprobs, strict=True):
+            chunk.sequence.prompt_logprobs += logprobs
+            self._scheduler.advance(chunk)
+        return StepResult(generated=tuple(map(self._accept, sampling, drawn)))
+
+    def _on_layer(self, chunks: Sequence[Chunk]) -> OnLayer | None:
+        listener, block_tokens = self._listener, self.model.layout.block_tokens
+        written = [event for chunk in chunks for event in written_by(chunk, block_tokens)]
+        if listener is None or not written:
+            return None
+        return lambda layer: listener(layer, written)
+
+    def _accept(self, sequence: LiveSequence, drawn: Drawn) -> Generated:
+        sequence.append(drawn.token_id)
+        reason = sequence.finish_reason
+        wants_prompt = len(sequence.output) == 1 and sequence.request.sampling.prompt_logprobs is not None
+        generated = Generated(
+            sequence.request_id,
+            (drawn.token_id,),
+            reason,
+            logprobs=() if sequence.request.sampling.logprobs is None else (drawn.logprobs,),
+            prompt_logprobs=((), *sequence.prompt_logprobs) if wants_prompt else (),
+            cached_tokens=sequence.cached_tokens,
+            preemptions=sequence.preemptions,
+        )
+        if reason is not None:
+            self._end(sequence)
+        return generated
+
+    def _end(self, sequence: LiveSequence) -> None:
+        if sequence.prefill is Prefill.ONLY:
+            self._scheduler.hold(sequence)
+        else:
+            self._forget(sequence)
+
+    def _fail(self, sequences: Sequence[LiveSequence], error: Exception) -> StepResult:
+        reason = BatonError(f"The engine failed while it computed this request ({type(error).__name__}).")
+        for sequence in sequences:
+            self._forget(sequence)
+        return StepResult(failed=tuple(Failed(sequence.request_id, reason) for sequence in sequences))
+
+    # ---- state
+
+    def stats(self) -> EngineStats:
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        return EngineStats(
+            running_sequences=len(scheduler.running),
+            waiting_sequences=len(scheduler.waiting) + len(scheduler.reserved),
+            waiting_tokens=scheduler.waiting_tokens,
+            kv_blocks_total=pool.total,
+            kv_blocks_used=pool.used,
+            kv_blocks_cached=pool.cached,
+            prefix_queries_tokens=scheduler.prefix_queries_tokens,
+            prefix_hits_tokens=scheduler.prefix_hits_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that pool, scheduler and requests agree about who holds what. O(blocks)."""
+        self._scheduler.check_integrity(self._sequences.values())
+
+    def close(self) -> None:
+        self._runner.close()
+        self.region.close()
+
+
+def _sample(logits: StepLogits, draws: Sequence[Draw]) -> list[Drawn]:
+    return sample(logits.logits, draws)

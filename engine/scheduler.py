@@ -1,0 +1,261 @@
+"""Which sequences take part in a step, and with which blocks: continuous batching over a block pool.
+
+Pure and synchronous. First come, first served: whoever arrived first is admitted first, computed first
+and preempted last, so the oldest running sequence always gets on, and every sequence becomes the oldest.
+"""
+
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+from baton.errors import Overloaded
+from baton.settings import WorkerSettings
+from engine.interface import Prefill
+from engine.sequence import LiveSequence, Stage
+from kvcache.block_pool import BlockPool, PrefixMatch
+
+WATERMARK_DIVISOR = 64
+"""One block in so many stays free at admission, for those that run to grow into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    chunk_tokens: int
+    """Tokens of a step; decode rows come first, see `Scheduler.schedule`."""
+    sequences_max: int
+    """Sequences that run or hold reserved blocks."""
+    waiting_max: int
+    prefix_cache: bool = True
+
+    @classmethod
+    def of(cls, settings: WorkerSettings) -> "Limits":
+        return cls(settings.chunk_tokens, settings.sequences_max, settings.waiting_max, settings.prefix_cache)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute the tokens `[start, end)` of a sequence in this step."""
+
+    sequence: LiveSequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether it ends what is known of the sequence, so that the next token can be drawn."""
+        return self.end == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """A step is `admit`, `schedule`, then `advance` with what was computed, and `finish` for those that ended."""
+
+    def __init__(self, pool: BlockPool, block_tokens: int, limits: Limits) -> None:
+        self.pool, self.block_tokens, self.limits = pool, block_tokens, limits
+        self.waiting: deque[LiveSequence] = deque()
+        self.running: list[LiveSequence] = []
+        self.reserved: set[LiveSequence] = set()
+        self.preemptions = 0
+        self.prefix_queries_tokens = 0
+        self.prefix_hits_tokens = 0
+        self._watermark = max(1, pool.total // WATERMARK_DIVISOR)
+
+    # ---- the queue
+
+    def add(self, sequence: LiveSequence) -> None:
+        """Raises Overloaded if as many wait as may."""
+        if len(self.waiting) >= self.limits.waiting_max:
+            raise Overloaded(f"{len(self.waiting)} requests wait already, as many as may; try again later.")
+        self.waiting.append(sequence)
+
+    @property
+    def can_admit(self) -> bool:
+        return (
+            bool(self.waiting)
+            and len(self.running) + len(self.reserved) < self.limits.sequences_max
+            and self._fits(self.waiting[0], self._match(self.waiting[0]))
+        )
+
+    def admit(self) -> list[LiveSequence]:
+        """Gives those who came first blocks for all their tokens, as long as there are enough."""
+        admitted = []
+        while self.can_admit:
+            admitted.append(self._place(self.waiting.popleft()))
+        return admitted
+
+    def _match(self, sequence: LiveSequence) -> PrefixMatch:
+        """Whole blocks, and not the last token: its logits are needed."""
+        if not self.limits.prefix_cache or sequence.wants_prompt_logprobs:
+            return PrefixMatch((), 0)
+        whole_blocks = (len(sequence.tokens) - 1) // self.block_tokens
+        return self.pool.match(sequence.block_names()[:whole_blocks])
+
+    def _fits(self, sequence: LiveSequence, match: PrefixMatch) -> bool:
+        lacking = self._blocks_for(len(sequence.tokens)) - len(match.blocks)
+        reserve = self._watermark if self.running or self.reserved else 0
+        return lacking + reserve <= self.pool.available - match.idle
+
+    def _place(self, sequence: LiveSequence) -> LiveSequence:
+        match = self._match(sequence)
+        self.pool.hold(match.blocks)
+        sequence.blocks = list(match.blocks)
+        sequence.computed = len(match.blocks) * self.block_tokens
+        sequence.published = len(match.blocks)
+        self._grow(sequence)
+        if not sequence.preemptions:
+            sequence.cached_tokens = sequence.computed
+            self.prefix_queries_tokens += len(sequence.tokens)
+            self.prefix_hits_tokens += sequence.computed
+        if sequence.prefill is Prefill.ELSEWHERE:
+            sequence.stage = Stage.RESERVED
+            self.reserved.add(sequence)
+        else:
+            self._run(sequence)
+        return sequence
+
+    def _run(self, sequence: LiveSequence) -> None:
+        sequence.stage = Stage.RUNNING
+        insort(self.running, sequence, key=_arrival)
+
+    # ---- a step
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks, with blocks for all of them.
+
+        Every sequence with one token to compute takes part. Prompts share what these leave of
+        `chunk_tokens`, at least a block's worth, so that neither starves the other.
+        """
+        self._make_room()
+        chunks = [Chunk(s, s.computed, s.computed + 1) for s in self.running if s.remaining == 1]
+        least = min(self.block_tokens, self.limits.chunk_tokens)
+        budget = max(self.limits.chunk_tokens - len(chunks), least)
+        for sequence in self.running:
+            if sequence.remaining > 1 and budget > 0:
+                chunk = self._prompt_chunk(sequence, budget)
+                budget -= chunk.end - chunk.start
+                chunks.append(chunk)
+        return chunks
+
+    def _prompt_chunk(self, sequence: LiveSequence, budget: int) -> Chunk:
+        """Ends with the sequence's tokens or, where the budget allows, at the end of a block: whole blocks can
+        be sent and published at once."""
+        start, length = sequence.computed, len(sequence.tokens)
+        end = start + budget
+        if end >= length:
+            return Chunk(sequence, start, length)
+        aligned = end - end % self.block_tokens
+        return Chunk(sequence, start, aligned if aligned > start else end)
+
+    def _make_room(self) -> None:
+        """Gives those whose last block is full another, oldest first; the youngest pay with theirs."""
+        for sequence in tuple(self.running):
+            while sequence.stage is Stage.RUNNING and self._lacks_blocks(sequence):
+                if self.pool.available:
+                    self._grow(sequence)
+                else:
+                    self._preempt(self._youngest())
+
+    def _lacks_blocks(self, sequence: LiveSequence) -> bool:
+        return len(sequence.blocks) < self._blocks_for(len(sequence.tokens))
+
+    def _grow(self, sequence: LiveSequence) -> None:
+        count = self._blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        sequence.blocks += self.pool.allocate(count, after=sequence.blocks[-1] if sequence.blocks else None)
+
+    def _youngest(self) -> LiveSequence:
+        """Whoever may be preempted and came last. The blocks of Prefill.ONLY are being sent, and whoever asks
+        for room is of another kind: so there always is one."""
+        return next(s for s in reversed(self.running) if s.prefill is not Prefill.ONLY)
+
+    def _preempt(self, sequence: LiveSequence) -> None:
+        """Back to the queue, at its place by arrival; what it published stays cached as long as space allows."""
+        self.running.remove(sequence)
+        self._release_blocks(sequence)
+        sequence.stage = Stage.WAITING
+        sequence.preemptions += 1
+        sequence.prompt_logprobs.clear()
+        self.preemptions += 1
+        place = sum(1 for other in self.waiting if other.arrival < sequence.arrival)
+        self.waiting.insert(place, sequence)
+
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk's keys and values lie in the sequence's blocks."""
+        chunk.sequence.computed = chunk.end
+        self._publish(chunk.sequence)
+
+    def _publish(self, sequence: LiveSequence) -> None:
+        """Makes what is final known to the prefix cache: the blocks that are full of computed tokens."""
+        full = sequence.computed // self.block_tokens
+        if not self.limits.prefix_cache or sequence.published == full:
+            return
+        names = sequence.block_names()
+        for index in range(sequence.published, full):
+            self.pool.publish(sequence.blocks[index], names[index])
+        sequence.published = full
+
+    # ---- leaving, and changing course
+
+    def commit(self, sequence: LiveSequence) -> None:
+        """A reserved sequence's blocks have been filled with its whole prompt; it runs from here on."""
+        self._leave_reserved(sequence)
+        sequence.computed = len(sequence.tokens)
+        self._publish(sequence)
+
+    def prefill_here(self, sequence: LiveSequence) -> None:
+        """A reserved sequence is computed here after all, in the same blocks."""
+        self._leave_reserved(sequence)
+
+    def _leave_reserved(self, sequence: LiveSequence) -> None:
+        assert sequence.stage is Stage.RESERVED
+        self.reserved.remove(sequence)
+        sequence.prefill = Prefill.HERE
+        self._run(sequence)
+
+    def hold(self, sequence: LiveSequence) -> None:
+        """A sequence takes part no more, but keeps its blocks until it is removed."""
+        self.running.remove(sequence)
+        sequence.stage = Stage.HELD
+
+    def remove(self, sequence: LiveSequence) -> None:
+        """Forgets a sequence in any stage, and frees its blocks."""
+        if sequence.stage is Stage.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.stage is Stage.RESERVED:
+            self.reserved.remove(sequence)
+        elif sequence.stage is Stage.RUNNING:
+            self.running.remove(sequence)
+        self._release_blocks(sequence)
+
+    def _release_blocks(self, sequence: LiveSequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = sequence.published = 0
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens still to compute before those who wait or prefill can draw their next."""
+        queued = sum(len(s.tokens) for s in self.waiting if s.prefill is not Prefill.ELSEWHERE)
+        return queued + sum(s.remaining for s in self.running if s.remaining > 1)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+    def check_integrity(self, sequences: Iterable[LiveSequence]) -> None:
+        """Asserts that these sequences are all there is, and hold just the blocks that they should. O(blocks)."""
+        self.pool.check_integrity()
+        by_stage: dict[Stage, list[LiveSequence]] = {stage: [] for stage in Stage}
+        for sequence in sequences:
+            by_stage[sequence.stage].append(sequence)
+        assert sorted(by_stage[Stage.WAITING], key=_arrival) == list(self.waiting), "the queue is not in order"
+        assert sorted(by_stage[Stage.RUNNING], key=_arrival) == self.running
+        assert set(by_stage[Stage.RESERVED]) == self.reserved
+        holders = Counter(block for sequence in chain(*by_stage.values()) for block in sequence.blocks)
+        assert holders == self.pool.holders(), "blocks are leaked or owned by nobody"
+        for sequence in self.running:
+            assert sequence.computed < len(sequence.tokens), "nothing left to compute"
+            assert sequence.published <= sequence.computed // self.block_tokens or not self.limits.prefix_cache
+
+
+def _arrival(sequence: LiveSequence) -> int:
+    return sequence.arrival

@@ -1,0 +1,169 @@
+"""Who holds which KV block, and which blocks hold a prefix that can be used again.
+
+A block is *held* (by one or more sequences), *cached* (by nobody, but published under the name of its
+content) or *free*. Cached blocks are given away, the longest unused first, when free ones run out.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+from baton.ids import BlockHash, BlockId
+from kvcache.free_runs import FreeRuns
+
+EVICTION_DIVISOR = 64
+"""When blocks must be evicted, one in so many of the pool goes at once."""
+
+
+class PoolListener(Protocol):
+    """Hears what the prefix cache gains and loses. Must not call the pool."""
+
+    def stored(self, block: BlockId, name: BlockHash) -> None: ...
+
+    def removed(self, block: BlockId, name: BlockHash) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The longest cached prefix. Nobody is promised these blocks until they are held."""
+
+    blocks: tuple[BlockId, ...]
+    idle: int
+    """How many of them nobody holds: holding these makes that many fewer available."""
+
+
+class BlockPool:
+    """Every block belongs to the pool; whoever allocates or holds one releases it exactly once.
+
+    Not thread-safe: the engine's thread owns it.
+    """
+
+    def __init__(self, blocks: int, listener: PoolListener | None = None) -> None:
+        assert blocks > 0
+        self.total = blocks
+        self._listener = listener
+        self._free = FreeRuns(blocks)
+        self._holders = [0] * blocks
+        self._name: list[BlockHash | None] = [None] * blocks
+        self._by_name: dict[BlockHash, BlockId] = {}
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()
+        """In the order in which they were let go: the first is evicted first."""
+
+    # ---- counts
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def used(self) -> int:
+        return self.total - self.available
+
+    @property
+    def available(self) -> int:
+        """What can be allocated: free and cached blocks."""
+        return self.free + self.cached
+
+    # ---- holding
+
+    def match(self, names: Iterable[BlockHash]) -> PrefixMatch:
+        """The blocks of the longest prefix of `names` that is published."""
+        blocks = []
+        for name in names:
+            block = self._by_name.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return PrefixMatch(tuple(blocks), sum(not self._holders[block] for block in blocks))
+
+    def hold(self, blocks: Sequence[BlockId]) -> None:
+        """One more holder for each of these blocks, which are held or cached."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._cached[block]
+            self._holders[block] += 1
+
+    def allocate(self, count: int, after: BlockId | None = None) -> list[BlockId]:
+        """`count` blocks of unknown content, at most `available` of them, held once by the caller.
+
+        Adjacent ascending ids as far as possible, starting right behind `after`: attention reads runs of
+        neighbours in place.
+        """
+        assert count <= self.available
+        if count > self.free:
+            self._evict(count - self.free)
+        blocks = self._free.take(count, after)
+        for block in blocks:
+            self._holders[block] = 1
+        return blocks
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        """One holder fewer for each block of a sequence, given in the sequence's order.
+
+        They are let go from the tail, so that the tail is evicted before the head, without which it
+        could not be found.
+        """
+        for block in reversed(blocks):
+            assert self._holders[block] > 0, f"block {block} released too often"
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            if self._name[block] is None:
+                self._free.add(block)
+            else:
+                self._cached[block] = None
+
+    # ---- the prefix cache
+
+    def publish(self, block: BlockId, name: BlockHash) -> None:
+        """A held block's content is final and goes by this name. If another block has the same content,
+        that one stays the one that is found."""
+        assert self._holders[block] > 0
+        if name in self._by_name:
+            return
+        assert self._name[block] is None, f"block {block} published under two names"
+        self._name[block], self._by_name[name] = name, block
+        if self._listener:
+            self._listener.stored(block, name)
+
+    def _evict(self, count: int) -> None:
+        """At least `count`, or 1/64 of the pool: what was let go together lies together, so that the free
+        blocks stay runs when the pool is full."""
+        for _ in range(max(count, min(self.total // EVICTION_DIVISOR, self.cached))):
+            self._evict_oldest()
+
+    def _evict_oldest(self) -> None:
+        block, _ = self._cached.popitem(last=False)
+        name = self._name[block]
+        assert name is not None
+        self._name[block] = None
+        del self._by_name[name]
+        self._free.add(block)
+        if self._listener:
+            self._listener.removed(block, name)
+
+    # ---- self-check
+
+    def holders(self) -> dict[BlockId, int]:
+        """How many hold each block that is held. O(blocks)."""
+        return {BlockId(block): holders for block, holders in enumerate(self._holders) if holders}
+
+    def check_integrity(self) -> None:
+        """Asserts that every block is in exactly one state and that all indexes agree. O(blocks)."""
+        runs = list(self._free)
+        assert all(end < start for (_, end), (start, _) in pairwise(runs)), "runs touch or overlap"
+        free = {block for start, end in runs for block in range(start, end)}
+        assert len(free) == self.free
+        for block, holders in enumerate(self._holders):
+            states = (block in free, block in self._cached, holders > 0)
+            assert states.count(True) == 1, f"block {block}: (free, cached, held) is {states}"
+            assert not (block in free and self._name[block]), f"block {block} is free but published"
+        named = {BlockId(block): name for block, name in enumerate(self._name) if name is not None}
+        assert named == {block: name for name, block in self._by_name.items()}
+        assert self._cached.keys() <= named.keys()

@@ -1,0 +1,1 @@
+"""Between machines: slices over plain TCP, received straight into the region."""

@@ -1,0 +1,185 @@
+"""The receiving end of one connection, as a machine without I/O: it says which memory the next bytes belong in."""
+
+import hmac
+import struct
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+from baton.clock import Clock
+from baton.ids import BlockId
+from kvtransfer.interface import Region
+from kvtransfer.metrics import TransferMetrics
+from kvtransfer.runs import run_blocks_max, runs_of
+from kvtransfer.tcp.wire import HELLO_BYTES, TRANSPORT, Fault, Header, Kind, layout_digest
+from kvtransfer.tickets import SECRET_BYTES, Ticket, TicketBook
+
+_NO_SECRET = bytes(SECRET_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a connection may keep the receiver waiting, in seconds."""
+
+    hello_s: float = 5.0
+    """From its start to its first proof of a ticket."""
+    stall_s: float = 30.0
+    """Between bytes of one frame."""
+    idle_s: float = 60.0
+    """Between frames while its ticket is closed; with an open one it may be silent as long as that is."""
+    linger_s: float = 1.0
+    """From a refusal until the connection is cut, so that the peer can read why."""
+
+
+class _Refused(Exception):
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.sentence)
+        self.fault = fault
+
+
+class Inlet:
+    """Ask `buffer`, fill it from the socket, say how much to `filled`; never keep a buffer for later.
+
+    Slices are filled straight into the region. The moment a ticket is closed its bytes go to scratch
+    instead, though the frame had begun. Whatever comes, it raises nothing and holds one frame's ids at most.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        tickets: TicketBook,
+        scratch: memoryview,
+        answer: Callable[[bytes], None],
+        metrics: TransferMetrics,
+        clock: Clock,
+        patience: Patience,
+    ) -> None:
+        self._region, self._tickets, self._scratch = region, tickets, scratch
+        self._answer, self._metrics, self._clock, self._patience = answer, metrics, clock, patience
+        self._started_s = self._heard_s = clock()
+        self._ticket: Ticket | None = None
+        self._awaits_header = True
+        self.refusal: Fault | None = None
+        """Why nothing more is taken from this connection."""
+        self._frames = self._read_frames()
+        self._place, self._lands_under = next(self._frames)
+
+    @property
+    def is_authenticated(self) -> bool:
+        return self._ticket is not None
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        if self.refusal is not None:
+            return self._scratch
+        if self._lands_under is None or self._lands_under.is_open:
+            return self._place
+        return self._scratch[: len(self._place)]
+
+    def filled(self, size_bytes: int) -> None:
+        if self.refusal is not None:
+            return
+        self._heard_s = self._clock()
+        self._place = self._place[size_bytes:]
+        if self._place:
+            return
+        try:
+            self._place, self._lands_under = next(self._frames)
+        except _Refused as refused:
+            self._refuse(refused.fault)
+
+    def close(self) -> None:
+        """Lets go of the region: the suspended reader below holds a view of it, and itself in a cycle."""
+        self._frames.close()
+        self._place, self._lands_under = self._scratch, None
+
+    def is_overdue(self) -> bool:
+        """Whether the peer has kept the receiver waiting for too long."""
+        now_s, patience = self._clock(), self._patience
+        if self.refusal is not None:
+            return now_s - self._heard_s > patience.linger_s
+        if self._ticket is None:
+            return now_s - self._started_s > patience.hello_s
+        if not self._is_between_frames:
+            return now_s - self._heard_s > patience.stall_s
+        return not self._ticket.is_open and now_s - self._heard_s > patience.idle_s
+
+    @property
+    def _is_between_frames(self) -> bool:
+        return self._awaits_header and len(self._place) == Header.FORMAT.size
+
+    def _refuse(self, fault: Fault) -> None:
+        self.refusal = fault
+        self._metrics.failed(TRANSPORT, "in")
+        self._answer(Header(Kind.ERROR, 0, count=fault).pack())
+
+    # Each yield is memory to fill, with the ticket under which it lands; it resumes when that is full.
+
+    def _read_frames(self) -> "Generator[_Wanted, None, None]":
+        head = memoryview(bytearray(Header.FORMAT.size))
+        while True:
+            self._awaits_header = True
+            yield head, None
+            self._awaits_header = False
+            header = Header.unpack(head)
+            match header:
+                case Header(kind=Kind.HELLO):
+                    yield from self._read_hello(header)
+                case Header(kind=Kind.SLICES):
+                    yield from self._read_slices(header, self._ticket_of(header))
+                case Header(kind=Kind.FENCE):
+                    self._fence(header, self._ticket_of(header))
+                case _:
+                    raise _Refused(Fault.MALFORMED)
+
+    def _ticket_of(self, header: Header) -> Ticket:
+        if self._ticket is None or self._ticket.number != header.ticket:
+            raise _Refused(Fault.UNAUTHORIZED)
+        return self._ticket
+
+    def _read_hello(self, header: Header) -> "Generator[_Wanted, None, None]":
+        body = memoryview(bytearray(HELLO_BYTES))
+        yield body, None
+        ticket = self._tickets.find(header.ticket)
+        if not hmac.compare_digest(body[:SECRET_BYTES], ticket.secret if ticket else _NO_SECRET) or ticket is None:
+            raise _Refused(Fault.UNAUTHORIZED)
+        if body[SECRET_BYTES:] != layout_digest(self._region.layout):
+            raise _Refused(Fault.LAYOUT)
+        self._ticket = ticket
+        self._metrics.connected(TRANSPORT, "in")
+        self._answer(Header(Kind.ACK, ticket.number, count=header.count).pack())
+
+    def _read_slices(self, header: Header, ticket: Ticket) -> "Generator[_Wanted, None, None]":
+        started_s = self._clock()
+        layout = self._region.layout
+        if header.layer >= layout.layers or not 1 <= header.count <= len(ticket.blocks):
+            raise _Refused(Fault.MALFORMED)
+        ids = memoryview(bytearray(4 * header.count))
+        yield ids, None
+        target = tuple(map(BlockId, struct.unpack(f"!{header.count}I", ids)))
+        if not ticket.blocks.issuperset(target):
+            raise _Refused(Fault.BLOCK_OUTSIDE)
+        for kv in (0, 1):
+            yield from self._land(ticket, header.layer, kv, target)
+        if ticket.is_open:
+            size_bytes = 2 * header.count * layout.slice_bytes
+            self._metrics.moved(TRANSPORT, "in", size_bytes, self._clock() - started_s)
+        else:
+            self._tell_closed(ticket)
+
+    def _land(self, ticket: Ticket, layer: int, kv: int, target: Sequence[BlockId]) -> "Generator[_Wanted, None, None]":
+        for run in runs_of(target, target, run_blocks_max(self._region.layout)):
+            yield self._region.writable(layer, kv, run.target, run.blocks), ticket
+            if ticket.is_open:
+                self._region.written(layer, kv, run.target, run.blocks)
+
+    def _fence(self, header: Header, ticket: Ticket) -> None:
+        if ticket.is_open:
+            self._answer(Header(Kind.ACK, ticket.number, count=header.count).pack())
+        else:
+            self._tell_closed(ticket)
+
+    def _tell_closed(self, ticket: Ticket) -> None:
+        self._answer(Header(Kind.ERROR, ticket.number, count=Fault.TICKET_CLOSED).pack())
+
+
+_Wanted = tuple[memoryview, Ticket | None]

@@ -1,0 +1,57 @@
+"""Turns tokens into text as they come, never splitting a character."""
+
+from collections.abc import Callable, Container, Sequence
+
+REPLACEMENT = "\ufffd"
+"""What an incomplete or invalid UTF-8 sequence decodes to."""
+CHARACTER_TOKENS_MAX = 4
+"""A UTF-8 character has at most four bytes, and a token at least one."""
+PRIMING_TOKENS = 6
+
+
+class Detokenizer:
+    """Texts from `feed` and the last one from `flush`, joined, are `decode` of all tokens fed.
+
+    Decoders look at neighbours (a leading space is dropped from the first token only, a character's bytes may
+    lie in several tokens), but never far: a window is decoded that starts at the previous clean end of text,
+    so that the cost of a token does not grow with the text.
+
+    `decode` must not drop tokens; those in `skipped` make no text. `preceding` is the text's context: what
+    comes out then continues it, as `decode(preceding + tokens)` continues `decode(preceding)`.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], skipped: Container[int] = (), preceding: Sequence[int] = ()
+    ) -> None:
+        self._decode, self._skipped = decode, skipped
+        self._window = [token for token in preceding[-PRIMING_TOKENS:] if token not in skipped]
+        self._restart(self._window)
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes."""
+        if token in self._skipped:
+            return ""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if not text.endswith(REPLACEMENT):
+            piece = text[self._sent :]
+            self._restart(self._window[self._clean :])
+        elif len(self._window) - self._clean < CHARACTER_TOKENS_MAX:
+            return ""  # the rest of the character may still come
+        else:  # these bytes are no character, but the last of them may begin one
+            piece = text[self._sent : -1]
+            self._restart(self._window[-CHARACTER_TOKENS_MAX:])
+        return piece
+
+    def flush(self) -> str:
+        """What was held back for a character that did not come."""
+        return self._decode(self._window)[self._sent :]
+
+    def _restart(self, window: list[int]) -> None:
+        """Goes on with these tokens as the context, all of whose settled text was sent."""
+        text = self._decode(window) if window else ""
+        is_unclean = text.endswith(REPLACEMENT)
+        self._window = window
+        self._sent = len(text) - is_unclean
+        self._clean = 0 if is_unclean else len(window)
+        """How many tokens of the window make whole characters, all of them sent."""

@@ -1,0 +1,67 @@
+"""Errors as OpenAI writes them, with an HTTP status: the same for everything that can go wrong."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from starlette.responses import Response
+
+from baton import errors
+from router.openai_responses import ErrorResponse
+
+
+class BodyTooLarge(errors.InvalidRequest):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    status: int
+    type: str
+    code: str | None = None
+
+
+_KINDS: dict[type[errors.BatonError], Kind] = {
+    errors.ModelNotFound: Kind(404, "invalid_request_error", "model_not_found"),
+    BodyTooLarge: Kind(413, "invalid_request_error", "body_too_large"),
+    errors.InvalidRequest: Kind(400, "invalid_request_error"),
+    errors.Overloaded: Kind(429, "rate_limit_error", "overloaded"),
+    errors.Unavailable: Kind(503, "service_unavailable_error", "unavailable"),
+    errors.ClusterError: Kind(503, "service_unavailable_error", "unavailable"),
+    errors.DeadlineExceeded: Kind(504, "timeout_error", "deadline_exceeded"),
+    errors.BatonError: Kind(500, "server_error", "internal_error"),
+}
+
+
+def kind_of(error: errors.BatonError) -> Kind:
+    """That of the error's own class, else of its nearest ancestor that has one."""
+    return next(_KINDS[ancestor] for ancestor in type(error).__mro__ if ancestor in _KINDS)
+
+
+def error_body(error: errors.BatonError) -> ErrorResponse:
+    kind = kind_of(error)
+    param = error.param if isinstance(error, errors.InvalidRequest) else None
+    return {"error": {"message": str(error), "type": kind.type, "param": param, "code": kind.code}}
+
+
+def error_response(error: errors.BatonError) -> Response:
+    headers = {"retry-after": str(ceil(error.retry_after_s))} if isinstance(error, errors.Overloaded) else {}
+    return json_response(error_body(error), kind_of(error).status, headers)
+
+
+def plain_error(
+    status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """For what is no error of the house: an unknown route, a wrong method."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body: ErrorResponse = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return json_response(body, status, headers)
+
+
+def json_text(body: object) -> str:
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json_text(body), status, headers, "application/json")

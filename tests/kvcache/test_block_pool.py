@@ -1,0 +1,175 @@
+"""The pool against a naive model of it, and the decisions that the model does not fix."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from baton.ids import BlockHash, BlockId
+from kvcache.block_pool import BlockPool
+
+
+def name(number: int) -> BlockHash:
+    return BlockHash(number.to_bytes(16, "little"))
+
+
+class Recorder:
+    """What a listener believes to be in the cache."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[BlockId, BlockHash] = {}
+
+    def stored(self, block: BlockId, name: BlockHash) -> None:
+        assert block not in self.blocks
+        self.blocks[block] = name
+
+    def removed(self, block: BlockId, name: BlockHash) -> None:
+        assert self.blocks.pop(block) == name
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Sequences hold lists of blocks; the model keeps holders as plain sets and the cache as a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = Recorder()
+        self.pool = BlockPool(12, self.heard)
+        self.sequences: list[list[BlockId]] = []
+        self.published: dict[BlockHash, BlockId] = {}
+        self.idle: list[BlockId] = []
+
+    def held(self) -> set[BlockId]:
+        return {block for sequence in self.sequences for block in sequence}
+
+    @rule(data=st.data(), count=st.integers(1, 5))
+    def allocate(self, data: st.DataObject, count: int) -> None:
+        if count > self.pool.available:
+            return
+        after = data.draw(st.sampled_from([None, *sorted(self.held())]))
+        evicted = max(0, count - self.pool.free)
+        blocks = self.pool.allocate(count, after)
+        assert len(set(blocks)) == count
+        assert not self.held() & set(blocks)
+        gone, self.idle = self.idle[:evicted], self.idle[evicted:]
+        assert not set(self.idle) & set(blocks)
+        self.published = {n: block for n, block in self.published.items() if block not in gone}
+        self.sequences.append(blocks)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), number=st.integers(0, 5))
+    def publish(self, data: st.DataObject, number: int) -> None:
+        block = data.draw(st.sampled_from(sorted(self.held())))
+        if block in self.published.values():
+            return
+        self.pool.publish(block, name(number))
+        self.published.setdefault(name(number), block)
+
+    @rule(numbers=st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True))
+    def match_and_hold(self, numbers: list[int]) -> None:
+        match = self.pool.match(map(name, numbers))
+        expected: list[BlockId] = []
+        for number in numbers:
+            if name(number) not in self.published:
+                break
+            expected.append(self.published[name(number)])
+        assert list(match.blocks) == expected
+        assert match.idle == len(set(expected) & set(self.idle))
+        self.pool.hold(match.blocks)
+        self.idle = [block for block in self.idle if block not in expected]
+        if expected:
+            self.sequences.append(expected)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        blocks = self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))
+        self.pool.release(blocks)
+        held = self.held()
+        self.idle += [b for b in reversed(blocks) if b not in held and b in self.published.values()]
+
+    @invariant()
+    def agrees(self) -> None:
+        self.pool.check_integrity()
+        assert self.pool.used == len(self.held())
+        assert self.pool.cached == len(self.idle)
+        assert self.pool.free == self.pool.total - self.pool.used - self.pool.cached
+        assert self.heard.blocks == {block: n for n, block in self.published.items()}
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_free_blocks_go_before_cached_ones() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(2)
+    pool.publish(blocks[0], name(0))
+    pool.release(blocks)
+    pool.allocate(3)
+    assert pool.match([name(0)]).blocks == (blocks[0],)
+
+
+def test_the_tail_of_a_sequence_is_evicted_before_its_head() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(4)
+    for number, block in enumerate(blocks):
+        pool.publish(block, name(number))
+    pool.release(blocks)
+    assert pool.allocate(1) == [blocks[3]]
+    assert pool.match([name(0), name(1), name(2), name(3)]).blocks == tuple(blocks[:3])
+
+
+def test_the_longest_unused_sequence_is_evicted_first() -> None:
+    pool = BlockPool(2)
+    old, new = pool.allocate(1), pool.allocate(1)
+    pool.publish(new[0], name(1))
+    pool.publish(old[0], name(0))
+    pool.release(old)
+    pool.release(new)
+    pool.hold(old)
+    pool.release(old)
+    assert pool.allocate(1) == new
+
+
+def test_a_full_pool_is_evicted_in_runs() -> None:
+    """Growing by one block again and again still gives neighbours."""
+    pool = BlockPool(256)
+    blocks = pool.allocate(256)
+    for number, block in enumerate(blocks):
+        pool.publish(block, name(number))
+    pool.release(blocks)
+    first = pool.allocate(1)
+    assert pool.free == 3
+    second = pool.allocate(1, after=first[0])
+    assert second == [first[0] + 1]
+
+
+def test_a_second_copy_is_not_found_but_kept_apart() -> None:
+    pool = BlockPool(2)
+    first, second = pool.allocate(1), pool.allocate(1)
+    pool.publish(first[0], name(0))
+    pool.publish(second[0], name(0))
+    pool.release(second)
+    assert (pool.free, pool.cached) == (1, 0)
+    assert pool.match([name(0)]).blocks == tuple(first)
+
+
+def test_bugs_of_the_caller_are_caught() -> None:
+    pool = BlockPool(2)
+    blocks = pool.allocate(1)
+    with pytest.raises(AssertionError):
+        pool.allocate(2)
+    pool.publish(blocks[0], name(0))
+    with pytest.raises(AssertionError):
+        pool.publish(blocks[0], name(1))
+    pool.release(blocks)
+    with pytest.raises(AssertionError):
+        pool.release(blocks)
+
+
+def test_integrity_check_sees_damage() -> None:
+    pool = BlockPool(2)
+    pool.allocate(1)
+    pool._holders[0] = pool._holders[1] = 0
+    with pytest.raises(AssertionError):
+        pool.check_integrity()

@@ -1,0 +1,131 @@
+"""A decode worker that says what it is told to, over real gRPC, and remembers what it was asked."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import grpc.aio
+
+from baton.cluster.worker_info import State, WorkerInfo
+from baton.ids import WorkerId
+from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
+
+STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
+Script = Callable[[worker_pb2.Submit], AsyncIterator[worker_pb2.TokenOutput]]
+
+
+def output(*token_ids: int, finish: int = 0, **fields: Any) -> worker_pb2.TokenOutput:
+    return worker_pb2.TokenOutput(token_ids=token_ids, finish_reason=finish, **fields)
+
+
+def failure(kind: int, error: str = "It went wrong.") -> worker_pb2.TokenOutput:
+    return output(finish=common_pb2.FINISH_REASON_ERROR, error=error, error_kind=kind)
+
+
+def says(outputs: Iterable[worker_pb2.TokenOutput]) -> Script:
+    """The same outputs for every request."""
+    prepared = list(outputs)
+
+    async def script(submit: worker_pb2.Submit) -> AsyncIterator[worker_pb2.TokenOutput]:
+        del submit
+        for each in prepared:
+            yield each
+
+    return script
+
+
+async def is_silent(submit: worker_pb2.Submit) -> AsyncIterator[worker_pb2.TokenOutput]:
+    """Takes requests and never answers."""
+    del submit
+    await asyncio.Event().wait()
+    yield output()
+
+
+class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.WorkerServicer):
+    """An async context manager; `stop` kills it: its streams break."""
+
+    def __init__(self, script: Script, name: str = "decode-1", *, context_length: int = 1000) -> None:
+        self.script, self.name, self.context_length = script, name, context_length
+        self.state: State = "ready"
+        self.submits: list[worker_pb2.Submit] = []
+        self.cancels: list[str] = []
+        self.streams = 0
+        self._news = asyncio.Condition()
+        self._writing = asyncio.Lock()
+        self._port = 0
+
+    @property
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=WorkerId(self.name),
+            role="decode",
+            state=self.state,
+            address=f"127.0.0.1:{self._port}",
+            model="m",
+            fingerprint="f",
+            context_length=self.context_length,
+            vocabulary_size=400,
+            block_tokens=16,
+            kv_blocks_total=1000,
+            epoch="1",
+        )
+
+    async def start(self) -> None:
+        """On the port of its last life, if it had one."""
+        self._server = grpc.aio.server()
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self._server)
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
+        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+        await asyncio.sleep(0)
+
+    async def __aenter__(self) -> "FakeDecodeWorker":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def until(self, holds: Callable[["FakeDecodeWorker"], bool], timeout_s: float = 5) -> None:
+        async with asyncio.timeout(timeout_s), self._news:
+            await self._news.wait_for(lambda: holds(self))
+
+    async def Serve(self, request_iterator: AsyncIterator[worker_pb2.ServeRequest], context: Any) -> None:  # noqa: N802
+        answering: dict[str, asyncio.Task[None]] = {}
+        await self._note(lambda: setattr(self, "streams", self.streams + 1))
+        try:
+            async for message in request_iterator:
+                if message.WhichOneof("message") == "submit":
+                    submit = message.submit
+                    answering[submit.request_id] = asyncio.create_task(self._answer(submit, context))
+                    await self._note(lambda submit=submit: self.submits.append(submit))
+                else:
+                    request_id = message.cancel.request_id
+                    answering[request_id].cancel()
+                    await self._note(lambda request_id=request_id: self.cancels.append(request_id))
+        finally:
+            for task in answering.values():
+                task.cancel()
+            await asyncio.gather(*answering.values(), return_exceptions=True)
+
+    async def _answer(self, submit: worker_pb2.Submit, context: Any) -> None:
+        async for each in self.script(submit):
+            named = worker_pb2.TokenOutput()
+            named.CopyFrom(each)
+            named.request_id = submit.request_id
+            async with self._writing:
+                await context.write(worker_pb2.ServeResponse(outputs=[named]))
+
+    async def GetStatus(self, request: object, context: object) -> worker_pb2.WorkerStatus:  # noqa: N802
+        del request, context
+        return worker_pb2.WorkerStatus(
+            worker_id=self.name, role="decode", model="m", state=worker_pb2.WORKER_STATE_READY, kv_blocks_used=7
+        )
+
+    async def _note(self, record: Callable[[], object]) -> None:
+        async with self._news:
+            record()
+            self._news.notify_all()
