@@ -29,8 +29,8 @@ class LayerAttention(Protocol):
     ) -> Tensor:
         """[tokens, heads, head_dim] each, to [tokens, heads, head_dim of the values]."""
 
-    def check(self, module: torch.nn.Module, extra: dict[str, Any]) -> None:
-        """Sees what else the model passed to its attention, `attention_mask` and `is_causal` among it."""
+    def check(self, module: torch.nn.Module, window: int | None, mask: Tensor | None, extra: dict[str, Any]) -> None:
+        """Sees the mask that the model made, if any, and what else it passed to its attention."""
 
 
 def register_paged_attention() -> None:
@@ -61,7 +61,7 @@ def paged_attention(
     """
     if baton_attention is None:
         raise UnsupportedModel(f"{type(module).__name__} does not pass keyword arguments on to its attention function.")
-    baton_attention.check(module, {"attention_mask": attention_mask, **extra})
+    baton_attention.check(module, sliding_window, attention_mask, extra)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -89,7 +89,7 @@ class PagedAttention:
             self._on_layer(layer)
         return self._attend(query, keys, values, options)
 
-    def check(self, module: torch.nn.Module, extra: dict[str, Any]) -> None:
+    def check(self, module: torch.nn.Module, window: int | None, mask: Tensor | None, extra: dict[str, Any]) -> None:
         """Nothing: the loader's probe has looked at this model."""
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:

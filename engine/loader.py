@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 from baton.errors import SettingsError, UnsupportedModel
@@ -17,7 +17,7 @@ from baton.layout import DTYPE_BYTES
 from engine.attention import PAGED_ATTENTION, register_paged_attention
 from engine.fingerprint import fingerprint
 from engine.model_source import find_model
-from engine.model_support import check_class, check_config, probe
+from engine.model_support import PROBE_ATTENTION, check_class, check_config, probe, register_probe_attention
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
 """What transformers raises for files that it cannot make a model of."""
@@ -68,11 +68,14 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto", trust_re
     directory, target = find_model(name), choose_device(device)
     config = _load_config(directory, trust_remote_code)
     check_config(config)
+    if model_class := MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
+        check_class(config.model_type, model_class)
     chosen = choose_dtype(config, dtype)
     model = _load_weights(directory, config, chosen, trust_remote_code)
-    check_class(model)
+    check_class(config.model_type, type(model))
     model = model.eval().requires_grad_(False).to(target)
     shape, vocabulary_size = probe(model)
+    model.set_attn_implementation(PAGED_ATTENTION)
     facts = ModelFacts(
         layers=shape.layers,
         kv_heads=shape.kv_heads,
@@ -135,13 +138,14 @@ def _load_config(directory: Path, trust_remote_code: bool) -> Any:
 
 def _load_weights(directory: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     register_paged_attention()
+    register_probe_attention()
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
-            attn_implementation=PAGED_ATTENTION,
+            attn_implementation=PROBE_ATTENTION,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,

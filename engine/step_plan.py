@@ -16,8 +16,9 @@ from torch import Tensor
 from baton.ids import BlockId
 from engine.batch import Row
 
-RUNS_MAX = 8
-"""Past this many adjacent runs of blocks it is cheaper to copy a row's KV together than to read it in place."""
+RUN_TOKENS_MIN = 1024
+"""Runs of adjacent blocks are read in place when there is one, or when they are at least this long on average:
+below it, one product more costs more than copying the row's KV together, which stays in the CPU's cache."""
 
 Read = tuple[slice, ...] | Tensor
 """The slots that one row reads, in the order of their positions: adjacent runs, or an index of all of them."""
@@ -87,7 +88,7 @@ class StepPlan:
     def _find(self, span: Span, window: int | None) -> Read:
         begin = span.first_visible(window)
         runs = slot_runs(span.blocks, self.block_tokens, begin, span.context)
-        if len(runs) <= RUNS_MAX:
+        if len(runs) == 1 or span.context - begin >= RUN_TOKENS_MIN * len(runs):
             return tuple(slice(*run) for run in runs)
         slots = slot_index(span.blocks, self.block_tokens, begin, span.context)
         return torch.from_numpy(slots).to(self.device)

@@ -8,7 +8,7 @@ vector as wide as all KV heads together. A row with many queries goes a few at a
 what it can see: up to four times faster than scaled_dot_product_attention in bfloat16, as fast in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -57,20 +57,26 @@ def _attend_decodes(plan: StepPlan, query: Tensor, keys: Tensor, values: Tensor,
     query = query * options.scaling
     if query.dtype == torch.float32:
         grouped = query.unflatten(1, (kv_heads, -1))
-        return _attend_rows(grouped, keys.transpose(0, 1), values.transpose(0, 1), reads, options).flatten(1, 2)
+        return _attend_rows(grouped, keys, values, reads, _by_head, options).flatten(1, 2)
     wide = _block_diagonal(query, kv_heads)
-    return _diagonal(_attend_rows(wide, keys.flatten(1), values.flatten(1), reads, options), kv_heads)
+    return _diagonal(_attend_rows(wide, keys, values, reads, _side_by_side, options), kv_heads)
 
 
 def _attend_rows(
-    queries: Tensor, keys: Tensor, values: Tensor, reads: Sequence[Read], options: AttentionOptions
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    reads: Sequence[Read],
+    lay: Callable[[Tensor], Tensor],
+    options: AttentionOptions,
 ) -> Tensor:
-    """[rows, ..., heads, width] of scaled queries over [..., slots, width], each row over what it reads."""
+    """[rows, ..., heads, width] of scaled queries, each row over what it reads, laid as [..., tokens, width]."""
     sinks = None if options.sinks is None else options.sinks.view(*queries.shape[1:-1], 1)
     scoring = _Scoring(options.softcap, sinks)
     rows = []
     for query, read in zip(queries, reads, strict=True):
-        rows.append(_attend(query, _views(keys, read), _views(values, read), scoring))
+        own_keys, own_values = ([lay(run) for run in _runs(pool, read)] for pool in (keys, values))
+        rows.append(_attend(query, own_keys, own_values, scoring))
     return torch.stack(rows)
 
 
@@ -79,7 +85,7 @@ def _attend_prefill(
 ) -> Tensor:
     """Many queries of one row: [queries, heads, head_dim]."""
     read, begin = plan.read(span, options.window), span.first_visible(options.window)
-    own_keys, own_values = (_gathered(pool, read) for pool in (keys, values))
+    own_keys, own_values = (_gathered_by_head(pool, read) for pool in (keys, values))
     step = max(1, min(SLICE_QUERIES, SCORES_MAX // (query.shape[1] * own_keys.shape[1])))
     outputs = []
     for first, part in zip(range(span.start, span.context, step), query.split(step), strict=True):
@@ -137,17 +143,26 @@ def _hide(scores: Tensor, queries: int, lag: int | None) -> None:
         by_query[..., :queries].masked_fill_(square.tril(-1 - lag), -torch.inf)
 
 
-def _views(pool: Tensor, read: Read) -> tuple[Tensor, ...]:
-    """What is read of [..., slots, width]: views where the blocks lie together, else one copy."""
+def _runs(pool: Tensor, read: Read) -> tuple[Tensor, ...]:
+    """What is read of [slots, kv heads, d]: views where the blocks lie together, else one copy."""
     if isinstance(read, Tensor):
-        return (pool.index_select(-2, read),)
-    return tuple(pool[..., run, :] for run in read)
+        return (pool.index_select(0, read),)
+    return tuple(pool[run] for run in read)
 
 
-def _gathered(pool: Tensor, read: Read) -> Tensor:
+def _by_head(run: Tensor) -> Tensor:
+    """[tokens, kv heads, d] to [kv heads, tokens, d]."""
+    return run.transpose(0, 1)
+
+
+def _side_by_side(run: Tensor) -> Tensor:
+    """[tokens, kv heads, d] to [tokens, kv heads * d]."""
+    return run.flatten(1)
+
+
+def _gathered_by_head(pool: Tensor, read: Read) -> Tensor:
     """[slots, kv heads, d] to [kv heads, tokens, d]; a copy, which pays when many queries read it."""
-    runs = _views(pool.transpose(0, 1), read)
-    return runs[0].contiguous() if len(runs) == 1 else torch.cat(runs, 1)
+    return torch.cat([_by_head(run) for run in _runs(pool, read)], 1).contiguous()
 
 
 def _block_diagonal(query: Tensor, kv_heads: int) -> Tensor:

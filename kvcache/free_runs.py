@@ -26,6 +26,14 @@ class FreeRuns:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(sorted(self._end_of.items()))
 
+    @property
+    def longest(self) -> int:
+        """The length of the run that `take` starts with: the longest, or at least half as long."""
+        if not self._count:
+            return 0
+        start = self._longest()
+        return self._end_of[start] - start
+
     def add(self, block: BlockId) -> None:
         """Joins the block with the runs on either side of it."""
         start, end = int(block), block + 1

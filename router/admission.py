@@ -2,7 +2,7 @@
 
 import asyncio
 
-from baton.errors import Overloaded, Unavailable
+from baton.errors import InvalidRequest, Overloaded, Unavailable
 
 RETRY_AFTER_S = 1.0
 
@@ -53,7 +53,11 @@ class Place:
         self._sequences = 0
 
     def widen(self, sequences: int) -> None:
-        """Raises Overloaded if the request turns out to hold more sequences than there are places."""
+        """The request turns out to hold this many. Raises Overloaded while there are too few places left,
+        InvalidRequest if there will never be enough."""
+        if sequences > self._admission.sequences_max:
+            most = self._admission.sequences_max
+            raise InvalidRequest(f"The request holds {sequences} sequences, but this server takes {most} at once.")
         self._admission._take(sequences - self._sequences)
         self._sequences = sequences
 

@@ -67,8 +67,12 @@ class CompletionAnswer(Answer[CompletionRequest]):
             logprobs["text_offset"].append(self._offsets[index])
             logprobs["token_logprobs"].append(finite(position[0].logprob) if position else None)
             logprobs["top_logprobs"].append(self._alternatives(position))
-            self._offsets[index] += len(text)
+            self._offsets[index] += len(text) if self._is_written(token) else 0
         return logprobs
+
+    def _is_written(self, token: int) -> bool:
+        """Whether the token is part of the choice's text; the special ones that the tokenizer adds are not."""
+        return self.request.skip_special_tokens is False or not self.frontend.generator.tokenizer.is_special(token)
 
     def _alternatives(self, position: PositionLogprobs) -> dict[str, float] | None:
         """The chosen token and the likeliest; None for a prompt's first token, which nothing predicts."""

@@ -1,6 +1,6 @@
 """Turns tokens into text as they come, never splitting a character."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
 """What an incomplete or invalid UTF-8 sequence decodes to."""
@@ -16,20 +16,25 @@ class Detokenizer:
     lie in several tokens), but never far: a window is decoded that starts at the previous clean end of text,
     so that the cost of a token does not grow with the text.
 
-    `decode` must not drop tokens; those in `skipped` make no text. `preceding` is the text's context: what
-    comes out then continues it, as `decode(preceding + tokens)` continues `decode(preceding)`.
+    Tokens that are silent make no text; `decode` must not drop any other, each of which stands for a byte or more.
+    `preceding` is the text's context: what comes out then continues it, as `decode(preceding + tokens)` continues
+    `decode(preceding)`. One exception: a byte-fallback decoder gives up a whole run of bytes for one that is
+    invalid, also the characters in it that were sent already.
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], skipped: Container[int] = (), preceding: Sequence[int] = ()
+        self,
+        decode: Callable[[Sequence[int]], str],
+        is_silent: Callable[[int], bool] = lambda _: False,
+        preceding: Sequence[int] = (),
     ) -> None:
-        self._decode, self._skipped = decode, skipped
-        self._window = [token for token in preceding[-PRIMING_TOKENS:] if token not in skipped]
+        self._decode, self._is_silent = decode, is_silent
+        self._window = [token for token in preceding[-PRIMING_TOKENS:] if not is_silent(token)]
         self._restart(self._window)
 
     def feed(self, token: int) -> str:
         """The text that this token completes."""
-        if token in self._skipped:
+        if self._is_silent(token):
             return ""
         self._window.append(token)
         text = self._decode(self._window)

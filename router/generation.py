@@ -124,9 +124,8 @@ class Generator:
 
     def _progress(self, request: SequenceRequest) -> SequenceProgress:
         preceding = request.prompt if request.continues_prompt else ()
-        detokenizer = self.tokenizer.detokenizer(
-            skip_special_tokens=request.skip_special_tokens, preceding=preceding[-64:]
-        )
+        skip = request.skip_special_tokens
+        detokenizer = self.tokenizer.detokenizer(skip_special_tokens=skip, preceding=preceding)
         return SequenceProgress(request, detokenizer)
 
 

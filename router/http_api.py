@@ -94,7 +94,8 @@ def _add_operator_routes(app: FastAPI, frontend: Frontend, registry: CollectorRe
         if frontend.admission.is_closed:
             return json_response({"status": "unavailable", "reason": "the router is shutting down"}, 503)
         if not pool.is_ready:
-            return json_response({"status": "unavailable", "reason": "no decode worker is ready"}, 503)
+            reason = f"no decode worker of {frontend.generator.model!r} is ready; known workers: {len(pool.members)}"
+            return json_response({"status": "unavailable", "reason": reason}, 503)
         return json_response({"status": "ok"})
 
     @app.get("/metrics")

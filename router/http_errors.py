@@ -15,6 +15,9 @@ class BodyTooLarge(errors.InvalidRequest):
     pass
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     status: int
@@ -60,7 +63,7 @@ def plain_error(
 
 
 def json_text(body: object) -> str:
-    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(body)
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -59,7 +59,8 @@ class Tokenizer:
         return text
 
     def detokenizer(self, *, skip_special_tokens: bool = True, preceding: Sequence[int] = ()) -> Detokenizer:
-        return Detokenizer(self.decode, self._special_ids if skip_special_tokens else frozenset(), preceding)
+        skipped = self._special_ids if skip_special_tokens else frozenset()
+        return Detokenizer(self.decode, lambda token: token in skipped or not self._is_known(token), preceding)
 
     def token_bytes(self, token: int) -> bytes:
         """What the token stands for, even where that is part of a character."""
@@ -69,6 +70,9 @@ class Tokenizer:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes.fromhex(piece[3:5])
         return self.decode([token]).encode()
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
 
     def render_chat(
         self,
@@ -97,6 +101,11 @@ class Tokenizer:
         except (ValueError, TypeError, KeyError, IndexError):
             raise InvalidRequest("The model's chat template cannot render these messages.", "messages") from None
         return text
+
+    def _is_known(self, token: int) -> bool:
+        """Models often have more ids than their tokenizers have tokens."""
+        known = self._tokenizer.convert_ids_to_tokens if self._backend is None else self._backend.id_to_token
+        return known(token) is not None
 
     def _is_byte_level(self) -> bool:
         decoder = getattr(self._backend, "decoder", None)

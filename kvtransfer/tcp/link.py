@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -38,8 +39,8 @@ class Link:
         error: OSError | None = None
         try:
             addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as failed:
-            raise TransferError(f"The receiver's host {host} could not be resolved: {failed.strerror}.") from None
+        except (OSError, ValueError):
+            raise TransferError("The receiver's host name could not be resolved.") from None
         for family, kind, protocol, _, address in addresses:
             sock = socket.socket(family, kind, protocol)
             try:
@@ -54,7 +55,7 @@ class Link:
                 sock.close()
                 raise
         assert error is not None
-        raise TransferError(f"The receiver at {host}:{port} could not be reached: {error.strerror}.") from None
+        raise TransferError(f"The receiver at {host}:{port} could not be reached: {_reason(error)}.") from None
 
     async def send(self, views: Sequence[memoryview | bytes]) -> None:
         """Returns when the views may change again."""
@@ -174,3 +175,8 @@ def _batches(views: Sequence[memoryview | bytes]) -> list[list[memoryview]]:
             batches[-1].append(view[:room])
             view, room = view[room:], room - len(view[:room])
     return batches
+
+
+def _reason(error: OSError) -> str:
+    """The system's own words: event loops put others of their own in `strerror`."""
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -126,6 +126,7 @@ class _Inflow(asyncio.BufferedProtocol):
         if not self._receiver.welcome(self):
             self._transport.abort()
             return
+        # Buffer sizes are the kernel's: setting them would end its tuning, which may go further than we may.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def get_buffer(self, sizehint: int) -> memoryview:

@@ -16,7 +16,7 @@ from baton.errors import UnsupportedModel
 from engine.attention import PAGED_ATTENTION, PagedAttention, paged_attention, register_paged_attention
 from engine.batch import Row
 from engine.kernels import Accelerator, AttentionOptions, Kernel, choose_kernel
-from engine.step_plan import RUNS_MAX, StepPlan, slot_index, slot_runs
+from engine.step_plan import StepPlan, slot_index, slot_runs
 from engine.torch_attention import torch_attention
 from engine.varlen_attention import VarlenStep, window_size
 
@@ -34,7 +34,7 @@ def shuffled(seed: int) -> list[int]:
 
 
 def mixed_rows() -> list[Row]:
-    """Decode rows and chunks, over adjacent blocks, over few runs and over more runs than are read in place."""
+    """Decode rows and chunks, over adjacent blocks, over two runs and over many."""
     blocks = shuffled(0)
     return [
         row(1, 21, [40, 41, 42, 43, 44, 45]),
@@ -90,7 +90,11 @@ def random_step(rows: list[Row], dtype: torch.dtype) -> tuple[StepPlan, Tensor, 
     ],
     ids=lambda options: f"{options.window}-{options.softcap}-{options.sinks is not None}",
 )
-def test_torch_attention_is_attention(options: AttentionOptions, dtype: torch.dtype, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("run_tokens_min", [1, 1024])
+def test_torch_attention_is_attention(
+    options: AttentionOptions, dtype: torch.dtype, run_tokens_min: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("engine.step_plan.RUN_TOKENS_MIN", run_tokens_min)
     monkeypatch.setattr("engine.torch_attention.SLICE_QUERIES", 3)
     rows = mixed_rows()
     plan, query, pool = random_step(rows, dtype)
@@ -138,13 +142,14 @@ def test_slot_runs_and_slot_index_name_the_same_slots(data: st.DataObject) -> No
     assert all(high != low for (_, high), (low, _) in pairwise(runs)), "adjacent runs are one run"
 
 
-def test_few_runs_are_read_in_place_and_many_are_copied() -> None:
-    few = list(range(RUNS_MAX))
-    many = list(range(0, 2 * (RUNS_MAX + 1), 2))
-    plan = StepPlan([row(1, 30, few), row(1, 35, many)], BLOCK_TOKENS, CPU)
+def test_long_runs_are_read_in_place_and_short_ones_copied(monkeypatch: Any) -> None:
+    scattered = list(range(0, 20, 2))
+    plan = StepPlan([row(1, 30, list(range(8))), row(1, 35, scattered)], BLOCK_TOKENS, CPU)
     assert plan.read(plan.spans[0], None) == (slice(0, 31),)
     copied = plan.read(plan.spans[1], None)
     assert isinstance(copied, Tensor) and len(copied) == 36
+    assert plan.read(plan.spans[1], 3) == (slice(65, 68),)
+    monkeypatch.setattr("engine.step_plan.RUN_TOKENS_MIN", 2)
     assert plan.read(plan.spans[1], 5) == (slice(59, 60), slice(64, 68))
 
 

@@ -18,11 +18,17 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from baton.errors import SettingsError, UnsupportedModel
 from engine.loader import choose_device, context_length, load_model
 from engine.model_source import find_model
-from engine.model_support import check_class, check_config
+from engine.model_support import _is_plain, _sampled_mask, check_class, check_config
 from tests.engine.tiny_models import CONTEXT_LENGTH, EOS_TOKEN_ID, FAMILIES, VOCABULARY_SIZE, make_model
 
 torch.set_num_threads(1)
@@ -191,14 +197,14 @@ def test_recurrent(tmp_path: Path) -> None:
 
 
 def test_classes_that_tell() -> None:
-    served = {"config": LlamaConfig(), "_is_stateful": False, "_supports_attention_backend": True}
-    check_class(SimpleNamespace(**served))
+    served = {"_is_stateful": False, "_supports_attention_backend": True}
+    check_class("odd", SimpleNamespace(**served))
     for changes, reason in (
         ({"_is_stateful": True}, "recurrent"),
         ({"_supports_attention_backend": False}, "replaced"),
     ):
         with pytest.raises(UnsupportedModel, match=reason):
-            check_class(SimpleNamespace(**served | changes))
+            check_class("odd", SimpleNamespace(**served | changes))
 
 
 def test_keys_and_values_of_different_sizes(tmp_path: Path) -> None:
@@ -220,6 +226,24 @@ def test_keys_and_values_of_different_sizes(tmp_path: Path) -> None:
         topk_group=1,
     )
     assert "different sizes" in refused(AutoModelForCausalLM.from_config(config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mask_function", "window", "is_plain"),
+    [
+        (causal_mask_function, None, True),
+        (causal_mask_function, 64, False),
+        (sliding_window_causal_mask_function(64), 64, True),
+        (sliding_window_causal_mask_function(64), None, False),
+        (sliding_window_causal_mask_function(64), 65, False),
+        (chunked_causal_mask_function(100, torch.zeros(1, dtype=torch.long)), None, False),
+        (bidirectional_mask_function, None, False),
+    ],
+)
+def test_masks_that_say_other_than_the_arguments(mask_function: Any, window: int | None, is_plain: bool) -> None:
+    """Some models tell their window to the mask alone, so that paged attention would see too far."""
+    mask = _sampled_mask(mask_function=mask_function, device=torch.device("cpu"))
+    assert _is_plain(mask, window) is is_plain
 
 
 @pytest.mark.parametrize(

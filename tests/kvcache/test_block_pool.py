@@ -28,7 +28,10 @@ class Recorder:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences hold lists of blocks; the model keeps holders as plain sets and the cache as a list."""
+    """Sequences hold lists of blocks; the model keeps who holds what, and what is cached, as plain sets.
+
+    Which cached block goes first is the pool's choice, and tested below.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(12, self.heard)
         self.sequences: list[list[BlockId]] = []
         self.published: dict[BlockHash, BlockId] = {}
-        self.idle: list[BlockId] = []
+        self.idle: set[BlockId] = set()
 
     def held(self) -> set[BlockId]:
         return {block for sequence in self.sequences for block in sequence}
@@ -50,8 +53,11 @@ class PoolMachine(RuleBasedStateMachine):
         blocks = self.pool.allocate(count, after)
         assert len(set(blocks)) == count
         assert not self.held() & set(blocks)
-        gone, self.idle = self.idle[:evicted], self.idle[evicted:]
-        assert not set(self.idle) & set(blocks)
+        gone = {block for block in self.published.values() if block not in self.heard.blocks}
+        assert len(gone) == evicted
+        assert gone <= self.idle
+        self.idle -= gone
+        assert not self.idle & set(blocks)
         self.published = {n: block for n, block in self.published.items() if block not in gone}
         self.sequences.append(blocks)
 
@@ -73,9 +79,9 @@ class PoolMachine(RuleBasedStateMachine):
                 break
             expected.append(self.published[name(number)])
         assert list(match.blocks) == expected
-        assert match.idle == len(set(expected) & set(self.idle))
+        assert match.idle == len(set(expected) & self.idle)
         self.pool.hold(match.blocks)
-        self.idle = [block for block in self.idle if block not in expected]
+        self.idle -= set(expected)
         if expected:
             self.sequences.append(expected)
 
@@ -85,7 +91,7 @@ class PoolMachine(RuleBasedStateMachine):
         blocks = self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))
         self.pool.release(blocks)
         held = self.held()
-        self.idle += [b for b in reversed(blocks) if b not in held and b in self.published.values()]
+        self.idle |= {b for b in blocks if b not in held and b in self.published.values()}
 
     @invariant()
     def agrees(self) -> None:
@@ -119,16 +125,18 @@ def test_the_tail_of_a_sequence_is_evicted_before_its_head() -> None:
     assert pool.match([name(0), name(1), name(2), name(3)]).blocks == tuple(blocks[:3])
 
 
-def test_the_longest_unused_sequence_is_evicted_first() -> None:
-    pool = BlockPool(2)
-    old, new = pool.allocate(1), pool.allocate(1)
-    pool.publish(new[0], name(1))
-    pool.publish(old[0], name(0))
-    pool.release(old)
-    pool.release(new)
-    pool.hold(old)
-    pool.release(old)
-    assert pool.allocate(1) == new
+def test_what_was_used_since_the_last_sweep_has_a_second_chance() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(4)
+    for number, block in enumerate(blocks):
+        pool.publish(block, name(number))
+    pool.release(blocks)
+    assert pool.allocate(1) == [blocks[3]], "none was used since: the first that the hand comes to"
+    pool.hold(blocks[2:3])
+    pool.release(blocks[2:3])
+    assert pool.allocate(1) == [blocks[1]]
+    assert pool.allocate(1) == [blocks[0]]
+    assert pool.allocate(1) == [blocks[2]]
 
 
 def test_a_full_pool_is_evicted_in_runs() -> None:
@@ -139,9 +147,34 @@ def test_a_full_pool_is_evicted_in_runs() -> None:
         pool.publish(block, name(number))
     pool.release(blocks)
     first = pool.allocate(1)
-    assert pool.free == 3
+    assert pool.free == 7
     second = pool.allocate(1, after=first[0])
     assert second == [first[0] + 1]
+
+
+def test_a_fragmented_pool_evicts_a_run_rather_than_scatter_a_sequence() -> None:
+    pool = BlockPool(64)
+    blocks = pool.allocate(64)
+    crumbs = blocks[::8]
+    sequence = [block for block in blocks if block not in crumbs]
+    for number, block in enumerate(sequence):
+        pool.publish(block, name(number))
+    pool.release(sequence)
+    pool.release(crumbs)
+    scattered = pool.allocate(4)
+    assert scattered == list(range(scattered[0], scattered[0] + 4))
+    assert pool.cached == len(sequence) - 4
+    pool.check_integrity()
+
+
+def test_eviction_for_the_sake_of_a_run_is_bounded() -> None:
+    pool = BlockPool(64)
+    blocks = pool.allocate(64)
+    for number, block in enumerate(blocks[::2]):
+        pool.publish(block, name(number))
+    pool.release(blocks)
+    pool.allocate(32)
+    assert pool.cached >= 32 - 64 // 16
 
 
 def test_a_second_copy_is_not_found_but_kept_apart() -> None:

@@ -15,7 +15,7 @@ Script = Callable[[worker_pb2.Submit], AsyncIterator[worker_pb2.TokenOutput]]
 
 
 def output(*token_ids: int, finish: int = 0, **fields: Any) -> worker_pb2.TokenOutput:
-    return worker_pb2.TokenOutput(token_ids=token_ids, finish_reason=finish, **fields)
+    return worker_pb2.TokenOutput(token_ids=token_ids, finish_reason=common_pb2.FinishReason.Name(finish), **fields)
 
 
 def failure(kind: int, error: str = "It went wrong.") -> worker_pb2.TokenOutput:
@@ -95,17 +95,18 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.Wor
 
     async def Serve(self, request_iterator: AsyncIterator[worker_pb2.ServeRequest], context: Any) -> None:  # noqa: N802
         answering: dict[str, asyncio.Task[None]] = {}
-        await self._note(lambda: setattr(self, "streams", self.streams + 1))
+        self.streams += 1
         try:
             async for message in request_iterator:
                 if message.WhichOneof("message") == "submit":
                     submit = message.submit
                     answering[submit.request_id] = asyncio.create_task(self._answer(submit, context))
-                    await self._note(lambda submit=submit: self.submits.append(submit))
+                    self.submits.append(submit)
                 else:
-                    request_id = message.cancel.request_id
-                    answering[request_id].cancel()
-                    await self._note(lambda request_id=request_id: self.cancels.append(request_id))
+                    answering[message.cancel.request_id].cancel()
+                    self.cancels.append(message.cancel.request_id)
+                async with self._news:
+                    self._news.notify_all()
         finally:
             for task in answering.values():
                 task.cancel()
@@ -124,8 +125,3 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.Wor
         return worker_pb2.WorkerStatus(
             worker_id=self.name, role="decode", model="m", state=worker_pb2.WORKER_STATE_READY, kv_blocks_used=7
         )
-
-    async def _note(self, record: Callable[[], object]) -> None:
-        async with self._news:
-            record()
-            self._news.notify_all()

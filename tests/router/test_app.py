@@ -18,7 +18,7 @@ def test_taken_ports_and_missing_tokenizers_are_clear_errors(model_directory: Pa
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             for ports, flag in (({"http_port": port}, "--http-port"), ({"grpc_port": port}, "--grpc-port")):
-                settings = RouterSettings(model="m", **{"http_port": 0, **ports})  # type: ignore[arg-type]
+                settings = RouterSettings(model="m", **{"http_port": 0, **ports})
                 router = Router(settings, ListedMembership([]), model_directory)
                 with pytest.raises(SettingsError, match=rf"{port}.*{flag}"):
                     await router.start()

@@ -41,7 +41,8 @@ def test_text_and_token_ids_generate_alike(model_directory: Path) -> None:
         worker = speaker(model_directory, "wörld 😀")
         async with calling(model_directory, worker) as (_, _, stub):
             ids = common_pb2.TokenIds(ids=tokens_of(model_directory, "hello"))
-            for prompt in ({"text": "hello"}, {"token_ids": ids}):
+            prompts: list[dict[str, Any]] = [{"text": "hello"}, {"token_ids": ids}]
+            for prompt in prompts:
                 request = inference_pb2.GenerateRequest(request_id="mine", model="m", **prompt)
                 responses = [response async for response in stub.Generate(request)]
                 assert "".join(response.text for response in responses) == "wörld 😀"
@@ -55,7 +56,7 @@ def test_text_and_token_ids_generate_alike(model_directory: Path) -> None:
     asyncio.run(main())
 
 
-BAD_REQUESTS = [
+BAD_REQUESTS: list[dict[str, Any]] = [
     {},
     {"text": "a", "sampling": common_pb2.SamplingParams(temperature=-1)},
     {"text": "a", "sampling": common_pb2.SamplingParams(temperature=float("nan"))},

@@ -6,7 +6,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_worker import STOP, FakeDecodeWorker, output, says
+from fake_worker import STOP, FakeDecodeWorker, is_silent, output, says
 from router_rig import Rig, running, tokens_of
 
 from baton.rpc import worker_pb2
@@ -71,8 +71,13 @@ def test_errors_are_the_clients_own_types(model_directory: Path) -> None:
             with pytest.raises(openai.BadRequestError) as bad:
                 await client.completions.create(model="m", prompt="a", temperature=-1)
             assert bad.value.param == "temperature" and bad.value.request_id
+            worker.script = is_silent
+            waiting = asyncio.create_task(client.completions.create(model="m", prompt="a"))
+            await worker.until(lambda worker: bool(worker.submits))
             with pytest.raises(openai.RateLimitError):
-                await client.completions.create(model="m", prompt="a", n=2)
+                await client.completions.create(model="m", prompt="a")
+            waiting.cancel()
+            await worker.until(lambda worker: bool(worker.cancels))
             rig.membership.change([])
             with pytest.raises(openai.InternalServerError, match="No decode worker is ready"):
                 await client.completions.create(model="m", prompt="a")
@@ -82,7 +87,7 @@ def test_errors_are_the_clients_own_types(model_directory: Path) -> None:
 
 def test_an_error_within_a_stream_is_raised(model_directory: Path) -> None:
     async def main() -> None:
-        gone = worker_pb2.TokenOutput(finish_reason=4, error="It went wrong.", error_kind=3)
+        gone = worker_pb2.TokenOutput(finish_reason="FINISH_REASON_ERROR", error="It went wrong.")
         worker = FakeDecodeWorker(says([output(*tokens_of(model_directory, "a")), gone]))
         async with running(model_directory, worker) as rig, client_of(rig) as client:
             stream = await client.completions.create(model="m", prompt="a", stream=True)

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.cluster.worker_info import Load, Role, WorkerInfo
@@ -100,6 +100,7 @@ def test_a_worker_without_room_comes_last() -> None:
     assert Placer().place(PROMPT, "", workers).decode.worker.worker_id == "d2"
 
 
+@settings(deadline=None)
 @given(prompts=st.lists(st.lists(st.integers(0, 2), max_size=60).map(tuple), max_size=20))
 def test_belief_stays_within_its_bound(prompts: list[tuple[int, ...]]) -> None:
     placer = Placer(belief=PrefixBelief(blocks_max=5))

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import InvalidRequest
@@ -27,6 +27,7 @@ def expected(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
+@settings(deadline=None)
 @given(
     pieces=st.lists(st.text("ab", max_size=5), max_size=8),
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),

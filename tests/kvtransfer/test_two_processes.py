@@ -1,0 +1,185 @@
+"""Between real processes, which are killed and stopped at the worst moment."""
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.context import SpawnProcess
+
+import pytest
+import transfer_child
+from prometheus_client import CollectorRegistry
+from transfer_child import LARGE, SEED
+from transfer_rig import (
+    REQUEST,
+    SOURCE_LAYOUT,
+    TARGET_LAYOUT,
+    fill_random,
+    ids,
+    is_mapped,
+    open_fds,
+    slices,
+    transfer_threads,
+)
+
+from baton.errors import TransferError
+from baton.ids import RequestId
+from kvtransfer.interface import Connection, Offer
+from kvtransfer.metrics import TransferMetrics
+from kvtransfer.region import HostRegion
+from kvtransfer.registry import Receivers, make_receiver, make_sender
+from kvtransfer.tcp.sender import TcpSender
+
+SPAWN = multiprocessing.get_context("spawn")
+both = pytest.mark.parametrize("transport", ["shm", "tcp"])
+
+
+@contextmanager
+def child(task: Callable[[Pipe, str], None], transport: str) -> Iterator[tuple[SpawnProcess, Pipe]]:
+    here, there = SPAWN.Pipe()
+    process = SPAWN.Process(target=task, args=(there, transport))
+    process.start()
+    there.close()
+    try:
+        yield process, here
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+        here.close()
+
+
+async def heard(pipe: Pipe) -> object:
+    """What the other process says next."""
+    return await asyncio.to_thread(pipe.recv)
+
+
+def kill(process: SpawnProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def receiver_of(transport: str, region: HostRegion) -> Receivers:
+    return make_receiver([transport], region, "127.0.0.1", 0, "127.0.0.1", CollectorRegistry())
+
+
+def sendable(offers: object) -> list[tuple[str, bytes]]:
+    assert isinstance(offers, tuple)
+    return [(offer.transport, offer.descriptor) for offer in offers]
+
+
+@both
+def test_another_process_writes_blocks_byte_for_byte(transport: str) -> None:
+    target = [30, 31, 2, 3, 4, 17, 9]
+
+    async def scenario(region: HostRegion, pipe: Pipe) -> None:
+        receiver = receiver_of(transport, region)
+        await receiver.start()
+        pipe.send((sendable(receiver.open(REQUEST, ids(*target))), target))
+        moved = 2 * SOURCE_LAYOUT.layers * len(target) * SOURCE_LAYOUT.slice_bytes
+        assert await heard(pipe) == (transport, moved)
+        await receiver.close()
+
+    region, source = HostRegion.allocate(TARGET_LAYOUT), HostRegion.allocate(SOURCE_LAYOUT)
+    fill_random(source, SEED)
+    with child(transfer_child.send_blocks, transport) as (process, pipe):
+        asyncio.run(asyncio.wait_for(scenario(region, pipe), 60))
+        process.join()
+        assert process.exitcode == 0
+    expected = slices(region).copy() * 0
+    expected[:, :, target] = slices(source)[:, :, : len(target)]
+    assert (slices(region) == expected).all()
+    region.close()
+    source.close()
+
+
+@both
+def test_a_sender_killed_while_it_writes(transport: str) -> None:
+    target = list(range(32))
+
+    async def scenario(region: HostRegion, pipe: Pipe, process: SpawnProcess) -> None:
+        receiver = receiver_of(transport, region)
+        await receiver.start()
+        pipe.send((sendable(receiver.open(REQUEST, ids(*target))), target))
+        assert await heard(pipe) == "writing"
+        await asyncio.to_thread(kill, process)
+        receiver.close_ticket(REQUEST)
+        settled = slices(region).copy()
+        await check_serves_others(receiver)
+        changed = [block for block in range(LARGE.blocks) if block != 1]
+        assert (slices(region)[:, :, changed] == settled[:, :, changed]).all()
+        assert not settled[:, :, 32:].any()
+        await receiver.close()
+
+    async def check_serves_others(receiver: Receivers) -> None:
+        source = HostRegion.allocate(LARGE)
+        sender = make_sender([transport], source, CollectorRegistry())
+        connection = await sender.connect(REQUEST, receiver.open(RequestId("req-2"), ids(1)), LARGE)
+        await connection.write(0, ids(1), ids(1))
+        await connection.fence()
+        await sender.close()
+        source.close()
+
+    region = HostRegion.allocate(LARGE)
+    with child(transfer_child.send_for_ever, transport) as (process, pipe):
+        asyncio.run(asyncio.wait_for(scenario(region, pipe, process), 60))
+    assert not slices(region)[0, :, 1].any()
+    region.close()
+    assert not is_mapped()
+
+
+@both
+def test_a_receiver_killed_while_it_is_written_to(transport: str) -> None:
+    async def scenario(pipe: Pipe, process: SpawnProcess) -> None:
+        source = HostRegion.allocate(LARGE)
+        sender = make_sender([transport], source, CollectorRegistry())
+        offers = [Offer(*offer) for offer in await heard(pipe)]  # type: ignore[attr-defined]
+        connection = await sender.connect(REQUEST, offers, LARGE)
+        writing = asyncio.ensure_future(write_for_ever(connection))
+        await asyncio.to_thread(kill, process)
+        with pytest.raises(TransferError, match=r"process is gone|closed the connection"):
+            await writing
+        with pytest.raises(TransferError):
+            await connection.fence()
+        await connection.close()
+        with pytest.raises(TransferError):
+            await sender.connect(REQUEST, offers, LARGE)
+        source.close()
+        del writing, connection  # their errors' tracebacks hold views
+        gc.collect()
+        assert not is_mapped()  # nothing holds the dead one's memory
+        await sender.close()
+
+    async def write_for_ever(connection: Connection) -> None:
+        everything = ids(*range(LARGE.blocks))
+        while True:
+            await connection.write(0, everything, everything)
+
+    with child(transfer_child.receive_for_ever, transport) as (process, pipe):
+        before = open_fds()
+        asyncio.run(asyncio.wait_for(scenario(pipe, process), 60))
+        assert open_fds() <= before
+    assert transfer_threads() == []
+
+
+def test_a_receiver_that_is_stopped_is_given_up() -> None:
+    async def scenario(pipe: Pipe, process: SpawnProcess) -> None:
+        source = HostRegion.allocate(LARGE)
+        sender = TcpSender(source, TransferMetrics(CollectorRegistry()), stall_timeout_s=0.3)
+        (offer,) = await heard(pipe)  # type: ignore[misc]
+        connection = await sender.connect(Offer(*offer), LARGE)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        everything = ids(*range(LARGE.blocks))
+        with pytest.raises(TransferError, match=r"took nothing for 0\.3 s"):
+            await connection.write(0, everything, everything)
+        await sender.close()
+        source.close()
+
+    with child(transfer_child.receive_for_ever, "tcp") as (process, pipe):
+        asyncio.run(asyncio.wait_for(scenario(pipe, process), 60))
