@@ -5,6 +5,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_HEAD_DIM_MAX = 256
@@ -54,8 +55,6 @@ class Accelerator:
     def of(cls, device: torch.device) -> "Accelerator":
         if device.type != "cuda":
             return cls(device.type)
-        from torch.nn.attention import current_flash_attention_impl
-
         return cls("cuda", torch.cuda.get_device_capability(device), current_flash_attention_impl())
 
 

@@ -30,6 +30,9 @@ class Patience:
     """From a refusal until the connection is cut, so that the peer can read why."""
 
 
+PATIENCE = Patience()
+
+
 class _Refused(Exception):
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.sentence)

@@ -10,7 +10,7 @@ from baton.errors import TransferError
 from baton.ids import BlockId, RequestId
 from kvtransfer.interface import Offer, Region
 from kvtransfer.metrics import TransferMetrics
-from kvtransfer.tcp.inlet import Inlet, Patience
+from kvtransfer.tcp.inlet import PATIENCE, Inlet, Patience
 from kvtransfer.tcp.wire import TRANSPORT, Address
 from kvtransfer.tickets import TicketBook
 
@@ -32,7 +32,7 @@ class TcpReceiver:
         port: int,
         advertise_host: str,
         metrics: TransferMetrics,
-        patience: Patience = Patience(),  # noqa: B008 - it is frozen
+        patience: Patience = PATIENCE,
     ) -> None:
         self._host, self._port, self._advertise_host = host, port, advertise_host
         self._region, self._metrics, self._patience = region, metrics, patience

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_closing_gives_everything_back() -> None:
 @pytest.mark.parametrize("library", ["torch", "numpy", "memoryview"])
 def test_a_view_outlives_the_region_and_then_frees_it(library: str) -> None:
     region = HostRegion.allocate(SOURCE_LAYOUT)
-    view = {
+    view: Any = {
         "torch": lambda: torch.frombuffer(region.memory, dtype=torch.uint8),
         "numpy": lambda: np.frombuffer(region.memory, np.uint8),
         "memoryview": lambda: region.memory[100:200],

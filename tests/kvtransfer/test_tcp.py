@@ -20,10 +20,10 @@ from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
 from kvtransfer.tcp import receiver as receiver_module
 from kvtransfer.tcp import sender as sender_module
-from kvtransfer.tcp.inlet import HELLO_BYTES, Patience
+from kvtransfer.tcp.inlet import PATIENCE, Patience
 from kvtransfer.tcp.receiver import TcpReceiver
 from kvtransfer.tcp.sender import TcpSender
-from kvtransfer.tcp.wire import Address, Header, Kind, layout_digest
+from kvtransfer.tcp.wire import HELLO_BYTES, Address, Header, Kind, layout_digest
 
 LAYOUT = SOURCE_LAYOUT
 LARGE = KVLayout(layers=1, blocks=64, block_tokens=64, kv_heads=8, head_dim=128, dtype="float32")
@@ -35,7 +35,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 @asynccontextmanager
-async def receiving(patience: Patience = Patience()) -> AsyncIterator[TcpReceiver]:  # noqa: B008
+async def receiving(patience: Patience = PATIENCE) -> AsyncIterator[TcpReceiver]:
     region = HostRegion.allocate(LAYOUT)
     receiver = TcpReceiver(region, "127.0.0.1", 0, "127.0.0.1", TransferMetrics(CollectorRegistry()), patience)
     await receiver.start()
@@ -179,6 +179,31 @@ def test_a_sender_that_stalls_within_a_frame_is_cut() -> None:
     run(scenario())
 
 
+class Tap:
+    """A transport that shows only whether it reads."""
+
+    reads = True
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def resume_reading(self) -> None:
+        self.reads = True
+
+
+def test_nothing_is_taken_from_who_does_not_read_its_answers() -> None:
+    async def scenario() -> None:
+        async with receiving() as receiver:
+            inflow, tap = receiver_module._Inflow(receiver), Tap()
+            inflow._transport = tap  # type: ignore[assignment]
+            inflow.pause_writing()
+            assert not tap.reads
+            inflow.resume_writing()
+            assert tap.reads
+
+    run(scenario())
+
+
 # ---- bad receivers
 
 
@@ -189,10 +214,13 @@ Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter, asyncio.Event]
 @asynccontextmanager
 async def impostor(behave: Behaviour) -> AsyncIterator[Offer]:
     """A listener that is no receiver, and an offer that leads there."""
-    over, tasks = asyncio.Event(), set()
+    over = asyncio.Event()
+    tasks: list[asyncio.Future[None]] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.current_task())
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
         try:
             await behave(reader, writer, over)
         finally:

@@ -171,8 +171,8 @@ def test_a_receiver_that_is_stopped_is_given_up() -> None:
     async def scenario(pipe: Pipe, process: SpawnProcess) -> None:
         source = HostRegion.allocate(LARGE)
         sender = TcpSender(source, TransferMetrics(CollectorRegistry()), stall_timeout_s=0.3)
-        (offer,) = await heard(pipe)  # type: ignore[misc]
-        connection = await sender.connect(Offer(*offer), LARGE)
+        offers = [Offer(*offer) for offer in await heard(pipe)]  # type: ignore[attr-defined]
+        connection = await sender.connect(offers[0], LARGE)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         everything = ids(*range(LARGE.blocks))
