@@ -18,6 +18,7 @@ from engine.attention import PAGED_ATTENTION, register_paged_attention
 from engine.fingerprint import fingerprint
 from engine.model_source import find_model
 from engine.model_support import PROBE_ATTENTION, check_class, check_config, probe, register_probe_attention
+from engine.packed_linear import can_pack, pack_linears
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
 """What transformers raises for files that it cannot make a model of."""
@@ -74,6 +75,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto", trust_re
     model = _load_weights(directory, config, chosen, trust_remote_code)
     check_class(config.model_type, type(model))
     model = model.eval().requires_grad_(False).to(target)
+    if can_pack(target, chosen):
+        pack_linears(model)
     shape, vocabulary_size = probe(model)
     model.set_attn_implementation(PAGED_ATTENTION)
     facts = ModelFacts(

@@ -4,7 +4,7 @@ A block is *held* (by one or more sequences), *cached* (by nobody, but published
 content) or *free*. When free ones run out, cached ones are given away by second chance: a hand sweeps over
 the pool and evicts what was not used since it last came by. Unlike the strictly oldest, what it evicts lies
 together, so that sequences get adjacent blocks from a full pool too (a simulation of 32 sequences of 25
-blocks in a pool of 4096: 5 runs a sequence, against 24).
+blocks in a pool of 4096: 4 runs a sequence, against 24).
 """
 
 from collections.abc import Iterable, Sequence

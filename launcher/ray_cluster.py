@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -102,9 +103,12 @@ class RayCluster:
     async def start(self) -> None:
         """Raises ClusterError or SettingsError if there is no Ray to be had."""
         await self._on_thread(self._start_own if self._address is None else self._connect)
+        take_signals_back()
 
     async def stop(self) -> None:
         """Idempotent: no process and no file of our Ray is left."""
+        await self._on_thread(lambda: None)  # after a start that nobody waits for any more
+        take_signals_back()
         await self._on_thread(self._stop)
         self._thread.shutdown()
 
@@ -121,6 +125,7 @@ class RayCluster:
             RAY_USAGE_STATS_ENABLED="0",
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=secrets.token_hex(32),  # else Ray keeps one in the home directory
+            RAY_gcs_server_request_timeout_seconds="10",  # how long Ray's agents outlive a Ray that was killed
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # a worker that reserves no GPU still sees them
         )
         self._directory = tempfile.mkdtemp(prefix="baton-", dir="/tmp")  # socket paths there may have 107 bytes
@@ -186,6 +191,13 @@ class RayCluster:
             else:
                 os.environ[name] = value
         self._environment.clear()
+
+
+def take_signals_back() -> None:
+    """Ray's core takes SIGTERM for a crash: it prints a stack, and aborts the process three seconds later."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.getsignal(number))
+    signal.alarm(0)
 
 
 def is_local(address: str | None) -> bool:

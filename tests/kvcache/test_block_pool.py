@@ -155,7 +155,7 @@ def test_a_full_pool_is_evicted_in_runs() -> None:
 def test_a_fragmented_pool_evicts_a_run_rather_than_scatter_a_sequence() -> None:
     pool = BlockPool(64)
     blocks = pool.allocate(64)
-    crumbs = blocks[::8]
+    crumbs = blocks[::16]
     sequence = [block for block in blocks if block not in crumbs]
     for number, block in enumerate(sequence):
         pool.publish(block, name(number))
@@ -174,7 +174,7 @@ def test_eviction_for_the_sake_of_a_run_is_bounded() -> None:
         pool.publish(block, name(number))
     pool.release(blocks)
     pool.allocate(32)
-    assert pool.cached >= 32 - 64 // 16
+    assert pool.cached == 32, "enough was free already"
 
 
 def test_a_second_copy_is_not_found_but_kept_apart() -> None:
