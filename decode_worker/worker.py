@@ -6,20 +6,19 @@ from collections.abc import Coroutine, Sequence
 
 from baton.clock import Clock, monotonic
 from baton.cluster.worker_info import WorkerInfo
-from baton.errors import BatonError, InvalidRequest, Overloaded, TransferError, Unavailable
+from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from baton.ids import BlockId, RequestId
 from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
 from baton.rpc.convert import (
-    layout_to_proto,
     logprobs_from_proto,
     logprobs_to_proto,
     sampling_from_proto,
-    sampling_to_proto,
 )
 from baton.settings import DecodeWorkerSettings
 from decode_worker.prefill_client import PrefillCancelled, PrefillClient
+from decode_worker.remote_prefill import PREFILL_ATTEMPTS_MAX, RemotePrefill
 from decode_worker.request import ActiveRequest, Outbox
-from decode_worker.session import ServeContext, Session
+from decode_worker.session import DecodeServicer
 from engine.host import WorkerHost
 from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
 from kvtransfer.registry import make_receiver
@@ -27,7 +26,6 @@ from kvtransfer.registry import make_receiver
 log = logging.getLogger(__name__)
 
 SERVICE = "baton.v1.DecodeWorker"
-PREFILL_ATTEMPTS_MAX = 3
 
 _FINISH_REASONS = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -59,8 +57,7 @@ class DecodeWorker:
         """Returns when the model is loaded, the ports are open and the cluster knows."""
         settings = self._settings
         await self._host.load()
-        self._prefill_client = PrefillClient(settings.prefill_timeout_s)
-        self._receiver = make_receiver(
+        receiver = make_receiver(
             settings.transports,
             self._host.engine.region,
             settings.host,
@@ -68,8 +65,11 @@ class DecodeWorker:
             settings.reachable_host,
             self._host.registry,
         )
-        await self._receiver.start()
-        servicer = _Servicer(self)
+        self._remote_prefill = RemotePrefill(
+            self._host.model, receiver, PrefillClient(settings.prefill_timeout_s), settings.prefill_timeout_s
+        )
+        await self._remote_prefill.start()
+        servicer = DecodeServicer(self)
         await self._host.serve(
             SERVICE, lambda server: worker_pb2_grpc.add_DecodeWorkerServicer_to_server(servicer, server)
         )
@@ -83,9 +83,8 @@ class DecodeWorker:
             self.cancel(request.request_id, request.outbox)
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if hasattr(self, "_receiver"):
-            await self._prefill_client.close()
-            await self._receiver.close()
+        if hasattr(self, "_remote_prefill"):
+            await self._remote_prefill.close()
         await self._host.stop()
 
     # ---- from routers
@@ -194,49 +193,18 @@ class DecodeWorker:
     async def _prefill_remotely(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> None:
         """Has the reserved blocks filled by the first candidate that can; else by this worker's own engine."""
         try:
-            await self._try_candidates(request, blocks)
+            commit = await self._remote_prefill.fill(request, blocks)
         except PrefillCancelled:
-            assert request.cancelled.is_set()
+            commit = None
         finally:
             request.remote_prefill = None
-            if request.cancelled.is_set():
-                self._abort(request)
-
-    async def _try_candidates(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> None:
-        for candidate in request.candidates:
-            try:
-                ticket = self._open_ticket(request, blocks)
-                started, commit = await self._prefill_client.prefill(candidate.address, ticket, request.cancelled)
-            except (Unavailable, TransferError) as error:
-                log.warning("request %s: %s", request.request_id, error)
-                continue
-            finally:
-                self._receiver.close_ticket(request.request_id)
-            request.committed(candidate.worker_id, started, commit)
-            self._commit(request, commit)
-            return
-        self._host.engine.post(lambda engine: engine.prefill_here(request.request_id))
-
-    def _commit(self, request: ActiveRequest, commit: worker_pb2.PrefillCommit) -> None:
-        logprobs = (logprobs_from_proto(commit.logprobs),) if commit.HasField("logprobs") else ()
-        self._host.engine.post(lambda engine: engine.commit(request.request_id, commit.first_token, logprobs))
-
-    def _open_ticket(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> worker_pb2.Ticket:
-        model = self._host.model
-        first_block = request.cached_tokens // model.layout.block_tokens
-        offers = self._receiver.open(request.request_id, blocks[first_block:])
-        return worker_pb2.Ticket(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            sampling=sampling_to_proto(request.sampling),
-            cache_salt=request.cache_salt,
-            layout=layout_to_proto(model.layout),
-            fingerprint=model.fingerprint,
-            first_block=first_block,
-            blocks=blocks[first_block:],
-            offers=[worker_pb2.TransportOffer(transport=o.transport, descriptor=o.descriptor) for o in offers],
-            deadline_s=self._settings.prefill_timeout_s,
-        )
+        if request.cancelled.is_set():
+            self._abort(request)
+        elif commit is None:
+            self._host.engine.post(lambda engine: engine.prefill_here(request.request_id))
+        else:
+            logprobs = (logprobs_from_proto(commit.logprobs),) if commit.HasField("logprobs") else ()
+            self._host.engine.post(lambda engine: engine.commit(request.request_id, commit.first_token, logprobs))
 
     # ---- ends
 
@@ -283,35 +251,3 @@ def _error_output(request_id: RequestId, error: BatonError) -> worker_pb2.TokenO
             (kind for cls, kind in kinds.items() if isinstance(error, cls)), worker_pb2.ERROR_KIND_INTERNAL
         ),
     )
-
-
-class _Servicer(worker_pb2_grpc.DecodeWorkerServicer):
-    """Each call is one router."""
-
-    def __init__(self, worker: DecodeWorker) -> None:
-        self._worker = worker
-
-    async def Serve(  # noqa: N802 - gRPC's name
-        self, request_iterator: object, context: ServeContext
-    ) -> None:
-        del request_iterator  # read through the context, which knows the end of the stream
-        session = Session()
-
-        def handle(message: worker_pb2.ServeRequest) -> None:
-            match message.WhichOneof("message"):
-                case "submit":
-                    self._worker.submit(message.submit, session)
-                case "cancel":
-                    self._worker.cancel(RequestId(message.cancel.request_id), session)
-
-        sends = asyncio.ensure_future(session.send(context))
-        receives = asyncio.ensure_future(session.receive(context, handle))
-        try:
-            done, _ = await asyncio.wait({sends, receives}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            self._worker.cancel_all(session)
-            for task in (sends, receives):
-                task.cancel()
-            await asyncio.gather(sends, receives, return_exceptions=True)

@@ -26,7 +26,7 @@ def fetch_workers(url: str) -> Sequence[WorkerStatus]:
         raise SettingsError(f"{url} is not a router's URL: it should look like http://HOST:PORT.")
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/v1/workers", timeout=TIMEOUT_S) as reply:
-            workers = json.loads(reply.read(REPLY_BYTES_MAX))["workers"]
+            workers = json.loads(reply.read(REPLY_BYTES_MAX))["data"]
     except urllib.error.HTTPError as error:
         raise Unavailable(f"{url} answered {error.code}: it is no Baton router.") from None
     except urllib.error.URLError as error:

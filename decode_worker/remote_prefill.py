@@ -1,0 +1,64 @@
+"""Has a request's reserved blocks filled by a prefill worker."""
+
+import logging
+from collections.abc import Sequence
+
+from baton.errors import TransferError, Unavailable
+from baton.ids import BlockId
+from baton.rpc import worker_pb2
+from baton.rpc.convert import layout_to_proto, sampling_to_proto
+from decode_worker.prefill_client import PrefillClient
+from decode_worker.request import ActiveRequest
+from engine.interface import ModelInfo
+from kvtransfer.interface import Receiver
+
+log = logging.getLogger(__name__)
+
+PREFILL_ATTEMPTS_MAX = 3
+
+
+class RemotePrefill:
+    def __init__(self, model: ModelInfo, receiver: Receiver, client: PrefillClient, timeout_s: float) -> None:
+        self._model, self._receiver, self._client, self._timeout_s = model, receiver, client, timeout_s
+
+    async def start(self) -> None:
+        await self._receiver.start()
+
+    async def close(self) -> None:
+        await self._client.close()
+        await self._receiver.close()
+
+    async def fill(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> worker_pb2.PrefillCommit | None:
+        """Asks the candidates one after another; None: none of them could.
+
+        Raises PrefillCancelled once the request is cancelled. Whatever the outcome, nothing writes into the
+        blocks any more when this ends.
+        """
+        for candidate in request.candidates:
+            try:
+                ticket = self._open_ticket(request, blocks)
+                started, commit = await self._client.prefill(candidate.address, ticket, request.cancelled)
+            except (Unavailable, TransferError) as error:
+                log.warning("request %s: %s", request.request_id, error)
+            else:
+                request.committed(candidate.worker_id, started, commit)
+                return commit
+            finally:
+                self._receiver.close_ticket(request.request_id)
+        return None
+
+    def _open_ticket(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> worker_pb2.Ticket:
+        first_block = request.cached_tokens // self._model.layout.block_tokens
+        offers = self._receiver.open(request.request_id, blocks[first_block:])
+        return worker_pb2.Ticket(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            sampling=sampling_to_proto(request.sampling),
+            cache_salt=request.cache_salt,
+            layout=layout_to_proto(self._model.layout),
+            fingerprint=self._model.fingerprint,
+            first_block=first_block,
+            blocks=blocks[first_block:],
+            offers=[worker_pb2.TransportOffer(transport=o.transport, descriptor=o.descriptor) for o in offers],
+            deadline_s=self._timeout_s,
+        )
