@@ -116,6 +116,7 @@ class WorkerHost:
             context_length=self.model.context_length,
             vocabulary_size=self.model.vocabulary_size,
             block_tokens=self.model.layout.block_tokens,
+            kv_dtype=self.model.layout.dtype,
             kv_blocks_total=self.model.layout.blocks,
             epoch=self._epoch,
             load=Load(

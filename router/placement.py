@@ -171,8 +171,7 @@ class _Hashes:
     def of(self, worker: WorkerInfo) -> tuple[BlockHash, ...]:
         key = (worker.fingerprint, worker.block_tokens)
         if key not in self._known:
-            # The fingerprint covers the dtype; these names are compared with each other only.
-            root = root_hash(worker.fingerprint, worker.block_tokens, "", cache_salt=self._cache_salt)
+            root = root_hash(worker.fingerprint, worker.block_tokens, worker.kv_dtype, cache_salt=self._cache_salt)
             self._known[key] = tuple(block_hashes(root, self.prompt, worker.block_tokens))
         return self._known[key]
 

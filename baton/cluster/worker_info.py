@@ -36,6 +36,7 @@ class WorkerInfo(BaseModel):
     context_length: int
     vocabulary_size: int
     block_tokens: int
+    kv_dtype: str
     kv_blocks_total: int
     epoch: str
     """Drawn anew at each start of the process."""

@@ -91,8 +91,7 @@ class Inlet:
             self._refuse(refused.fault)
 
     def close(self) -> None:
-        """Lets go of the region: the suspended reader below holds a view of it, and itself in a cycle."""
-        self._frames.close()
+        """Lets go of its view of the region; nothing may follow."""
         self._place, self._lands_under = self._scratch, None
 
     def is_overdue(self) -> bool:

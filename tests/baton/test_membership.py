@@ -33,6 +33,7 @@ def worker(name: str = "decode-0", state: State = "ready", running: int = 0, epo
         context_length=1,
         vocabulary_size=1,
         block_tokens=1,
+        kv_dtype="float32",
         kv_blocks_total=1,
         epoch=epoch,
         load=Load(running_sequences=running),

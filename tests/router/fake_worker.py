@@ -66,6 +66,7 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.Wor
             context_length=self.context_length,
             vocabulary_size=400,
             block_tokens=16,
+            kv_dtype="float32",
             kv_blocks_total=1000,
             epoch="1",
         )

@@ -21,6 +21,7 @@ def worker(name: str, role: Role = "decode", *, epoch: str = "1", blocks: int = 
         context_length=4096,
         vocabulary_size=1000,
         block_tokens=10,
+        kv_dtype="float32",
         kv_blocks_total=blocks,
         epoch=epoch,
         load=Load(**load),
