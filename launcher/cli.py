@@ -103,7 +103,7 @@ def demo(as_json: AsJson = False) -> None:
     from launcher.demo import run_demo
 
     set_up_logging("baton", "warning")
-    if not run_demo(as_json):
+    if not run_demo(as_json=as_json):
         raise typer.Exit(1)
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from baton.cluster.worker_info import Role
@@ -38,7 +38,7 @@ class WorkerPlan:
 
     name: str
     role: Role
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(repr=False)  # the Redis URL holds a password
     gpus: float
     environment: Mapping[str, str]
 

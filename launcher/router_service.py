@@ -17,8 +17,12 @@ class RouterService:
         self._router: Router | None = None
 
     @property
+    def url(self) -> str:
+        return f"http://{self.router.http_address}"
+
+    @property
     def addresses(self) -> str:
-        return f"http://{self.router.http_address} grpc {self.router.grpc_address}"
+        return f"{self.url} grpc {self.router.grpc_address}"
 
     @property
     def router(self) -> Router:

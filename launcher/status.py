@@ -44,23 +44,25 @@ def render(workers: Sequence[WorkerStatus]) -> RenderableType:
         return Text("The router runs, but no worker has announced itself.")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("worker", "role", "model", "state", "address"):
-        table.add_column(column, overflow="fold")
-    for column in ("running", "waiting", "KV blocks used", "cached", "total"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=column != "model", overflow="fold")
+    for column in ("running", "waiting", "KV blocks", "cached"):
+        table.add_column(column, justify="right", no_wrap=True)
     for worker in sorted(workers, key=lambda worker: (worker["role"] != "prefill", worker["worker_id"])):
         table.add_row(*row(worker))
     return table
 
 
 def row(worker: WorkerStatus) -> Sequence[str | Text]:
-    counts = ("running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total")
     return (
         str(worker["worker_id"]),
         str(worker["role"]),
         str(worker["model"]),
         state(worker),
         str(worker["address"]),
-        *(f"{worker[count]:,}" for count in counts),
+        f"{worker['running_sequences']:,}",
+        f"{worker['waiting_sequences']:,}",
+        f"{worker['kv_blocks_used']:,} of {worker['kv_blocks_total']:,}",
+        f"{worker['kv_blocks_cached']:,}",
     )
 
 

@@ -1,0 +1,112 @@
+"""Workers killed with -9 in the middle of a request: the answer is right all the same, or the error is clear.
+
+The model is the recall model, a few layers heavier so that its prefill takes seconds: one wrong KV block
+would show as a wrong name.
+"""
+
+import concurrent.futures
+import socket
+import urllib.error
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.cluster.redis_server import EmbeddedRedis
+from engine.recall_model import build_recall_model
+from engine.recall_text import make_ledger, question
+from tests.cluster.processes import Process, fetch, metric, running, until
+
+LEDGER = make_ledger(400, seed=7)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "heavy-recall"
+    build_recall_model(directory, extra_layers=8)
+    return directory
+
+
+@pytest.fixture
+def flags(model: Path, redis_server: EmbeddedRedis, key_prefix: str) -> dict[str, Any]:
+    return {"model": model, "served_model_name": "recall", "redis_url": redis_server.url, "key_prefix": key_prefix}
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def ask(router: Process, locker: str) -> Any:
+    messages = [{"role": "system", "content": LEDGER.text}, {"role": "user", "content": question(locker)}]
+    body = {"model": "recall", "messages": messages, "temperature": 0, "timeline": True}
+    return fetch(f"{router.http}/v1/chat/completions", body)
+
+
+def text(answer: Any) -> str:
+    return str(answer["choices"][0]["message"]["content"]).strip()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def workers(router: Process) -> dict[str, Any]:
+    return {worker["role"]: worker for worker in fetch(f"{router.http}/v1/workers")["data"]}
+
+
+def is_ready(router: Process) -> bool:
+    try:
+        return bool(fetch(f"{router.http}/health"))
+    except urllib.error.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_prefill_worker_killed_while_it_streams(transport: str, flags: dict[str, Any], stack: ExitStack) -> None:
+    metrics_port = free_port()
+    worker_flags = {**flags, "threads": 1, "transports": transport, "kv_blocks": 512}
+    decode = stack.enter_context(running("decode-worker", **worker_flags))
+    prefill = stack.enter_context(running("prefill-worker", **worker_flags, chunk_tokens=64, metrics_port=metrics_port))
+    router = stack.enter_context(running("router", **flags, http_port=0))
+    lockers = sorted(LEDGER.owners)[::40]
+    with concurrent.futures.ThreadPoolExecutor(1) as caller:
+        asked = caller.submit(ask, router, lockers[0])
+        sent = r"baton_kv_transfer_bytes_total\{.*out"
+        until(lambda: metric(metrics_port, sent) > 0, 60, "slices are sent")
+        assert not asked.done()
+        prefill.kill()
+        answer = asked.result()
+    assert text(answer) == f"{LEDGER.owners[lockers[0]]}."
+    assert answer["timeline"]["prefill_worker"] == "", "the decode worker computed it itself"
+    for locker in lockers[1:4]:
+        assert text(ask(router, locker)) == f"{LEDGER.owners[locker]}."
+    until(lambda: workers(router)["decode"]["kv_blocks_used"] == 0, 5, "no block is leaked")
+    assert decode.popen.poll() is None
+
+
+def test_a_decode_worker_killed_while_it_serves(flags: dict[str, Any], stack: ExitStack) -> None:
+    worker_flags = {**flags, "threads": 1, "kv_blocks": 512}
+    decode = stack.enter_context(running("decode-worker", **worker_flags))
+    stack.enter_context(running("prefill-worker", **worker_flags, chunk_tokens=64))
+    router = stack.enter_context(running("router", **flags, http_port=0))
+    lockers = sorted(LEDGER.owners)[::40]
+    with concurrent.futures.ThreadPoolExecutor(1) as caller:
+        body = {"model": "recall", "prompt": LEDGER.text, "max_tokens": 4000, "ignore_eos": True, "temperature": 0}
+        asked = caller.submit(fetch, f"{router.http}/v1/completions", body)
+        until(lambda: workers(router)["decode"]["running_sequences"] > 0, 60, "it decodes")
+        decode.kill()
+        with pytest.raises(urllib.error.HTTPError) as error:
+            asked.result()
+    assert error.value.code == 503
+    assert b"was lost" in error.value.read()
+    until(lambda: not is_ready(router), 10, "the router knows")
+    stack.enter_context(running("decode-worker", **worker_flags))
+    until(lambda: is_ready(router), 20, "the router found the new one")
+    assert text(ask(router, lockers[1])) == f"{LEDGER.owners[lockers[1]]}."
+    until(lambda: workers(router)["prefill"]["kv_blocks_used"] == 0, 5, "no block is leaked")
