@@ -1,6 +1,7 @@
 """Logging: one line an event, on stderr, with the service's name and without passwords."""
 
 import logging
+import os
 import re
 import sys
 import time
@@ -37,3 +38,4 @@ def set_up_logging(service: str, level: str) -> None:
     for library in QUIET:
         logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.captureWarnings(True)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core writes to stderr by itself

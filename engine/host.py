@@ -128,6 +128,11 @@ class WorkerHost:
             ),
         )
 
+    async def failed(self) -> None:
+        """Raises what ended the engine, as soon as something has: then the worker cannot serve any more and its
+        process should end. Returns only after `stop`."""
+        await self.engine.ended()
+
     async def drain(self, until_idle: Callable[[], Awaitable[object]]) -> None:
         """Tells the cluster to send nothing new, then waits for what runs, `drain_timeout_s` at most."""
         self.state = "draining"

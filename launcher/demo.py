@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import secrets
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ class Answer:
 def run_demo(*, as_json: bool) -> bool:
     """Whether every answer was right, and at least one request's prefill ran on the prefill worker."""
     settings = load_settings(UpSettings, SETTINGS)
-    console = Console(quiet=as_json, highlight=False)
+    stdout = sys.stdout  # as it is now: while Ray runs it is another
+    console = Console(file=stdout, quiet=as_json, highlight=False)
     answers = run_service(
         Deployment(settings, Progress()), lambda deployment: ask_all(deployment, console), settings.drain_timeout_s
     )

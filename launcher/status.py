@@ -45,7 +45,7 @@ def render(workers: Sequence[WorkerStatus]) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("worker", "role", "model", "state", "address"):
         table.add_column(column, no_wrap=column != "model", overflow="fold")
-    for column in ("running", "waiting", "KV blocks", "cached"):
+    for column in ("runs", "waits", "KV blocks", "cached"):
         table.add_column(column, justify="right", no_wrap=True)
     for worker in sorted(workers, key=lambda worker: (worker["role"] != "prefill", worker["worker_id"])):
         table.add_row(*row(worker))

@@ -57,6 +57,10 @@ class PrefillWorker:
             SERVICE, lambda server: worker_pb2_grpc.add_PrefillWorkerServicer_to_server(servicer, server)
         )
 
+    async def failed(self) -> None:
+        """Raises when the worker cannot serve any more, and its process should end."""
+        await self._host.failed()
+
     async def drain(self) -> None:
         await self._host.drain(self._idle.wait)
 
