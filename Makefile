@@ -12,7 +12,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo 'This Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo 'Installing into .venv (about 1 GB with torch; a minute or more)'
+	@echo 'Installing into .venv: minutes, most of it torch (the README says how to choose a CPU or CUDA build)'
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -128,11 +128,11 @@ def ask(url: str, ledger: "Ledger", locker: str) -> Answer:
 
 
 def described(answer: Answer) -> str:
-    mark = "[green]✓ right[/]" if answer.is_right else f"[red]✗ wrong, it is {answer.owner}'s[/]"
-    where = "prefilled apart" if answer.is_disaggregated else "prefilled on the decode worker"
+    mark = "[green]✓[/]" if answer.is_right else f"[red]✗ (it is {answer.owner})[/]"
+    where = ", prefilled apart" if answer.is_disaggregated else ""
     return (
         f"  who owns locker {answer.locker}? {answer.answer} {mark}"
-        f"  [dim]{answer.prompt_tokens:,} tokens, {answer.cached_tokens:,} from cache, {where}[/]"
+        f" [dim]{answer.prompt_tokens:,} tokens, {answer.cached_tokens:,} cached{where}[/]"
     )
 
 

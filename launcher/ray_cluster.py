@@ -125,7 +125,6 @@ class RayCluster:
             RAY_USAGE_STATS_ENABLED="0",
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=secrets.token_hex(32),  # else Ray keeps one in the home directory
-            RAY_gcs_server_request_timeout_seconds="10",  # how long Ray's agents outlive a Ray that was killed
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # a worker that reserves no GPU still sees them
         )
         self._directory = tempfile.mkdtemp(prefix="baton-", dir="/tmp")  # socket paths there may have 107 bytes

@@ -26,7 +26,7 @@ def fetch_workers(url: str) -> Sequence[WorkerStatus]:
         raise SettingsError(f"{url} is not a router's URL: it should look like http://HOST:PORT.")
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/v1/workers", timeout=TIMEOUT_S) as reply:
-            workers = json.loads(reply.read(REPLY_BYTES_MAX))["data"]
+            return list(json.loads(reply.read(REPLY_BYTES_MAX))["data"])
     except urllib.error.HTTPError as error:
         raise Unavailable(f"{url} answered {error.code}: it is no Baton router.") from None
     except urllib.error.URLError as error:
@@ -36,7 +36,6 @@ def fetch_workers(url: str) -> Sequence[WorkerStatus]:
         raise Unavailable(f"The router at {url} did not answer ({error}).") from None
     except (ValueError, KeyError, TypeError):
         raise Unavailable(f"{url} answered, but not as a Baton router does.") from None
-    return list(workers)
 
 
 def render(workers: Sequence[WorkerStatus]) -> RenderableType:
@@ -45,7 +44,7 @@ def render(workers: Sequence[WorkerStatus]) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("worker", "role", "model", "state", "address"):
         table.add_column(column, no_wrap=column != "model", overflow="fold")
-    for column in ("runs", "waits", "KV blocks", "cached"):
+    for column in ("running", "waiting", "KV blocks"):
         table.add_column(column, justify="right", no_wrap=True)
     for worker in sorted(workers, key=lambda worker: (worker["role"] != "prefill", worker["worker_id"])):
         table.add_row(*row(worker))
@@ -61,8 +60,7 @@ def row(worker: WorkerStatus) -> Sequence[str | Text]:
         str(worker["address"]),
         f"{worker['running_sequences']:,}",
         f"{worker['waiting_sequences']:,}",
-        f"{worker['kv_blocks_used']:,} of {worker['kv_blocks_total']:,}",
-        f"{worker['kv_blocks_cached']:,}",
+        f"{worker['kv_blocks_used']:,}/{worker['kv_blocks_total']:,}",
     )
 
 

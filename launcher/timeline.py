@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 44
+WIDTH = 36
 """Columns that the whole request is drawn in."""
 
 Timeline = Mapping[str, Any]
@@ -49,10 +49,10 @@ def bars(timeline: Timeline) -> Sequence[Bar]:
 
 
 def transfer_note(timeline: Timeline) -> str:
-    busy, exposed = timeline["transfer_s"], timeline["transfer_exposed_s"]
+    megabytes = timeline["transfer_bytes"] / 1e6
     return (
-        f"{milliseconds(busy)} writing {timeline['transfer_bytes'] / 1e6:,.1f} MB by {timeline['transport']}, "
-        f"{hidden_share(timeline):.0%} hidden ({milliseconds(exposed)} not)"
+        f"{milliseconds(timeline['transfer_s'])}, {hidden_share(timeline):.0%} hidden; "
+        f"{megabytes:,.1f} MB by {timeline['transport']}"
     )
 
 
@@ -87,5 +87,7 @@ def picture(bar: Bar, total_s: float, width: int = WIDTH) -> Text:
     start, end = column(bar.start_s), column(bar.end_s)
     if bar.start_s == bar.end_s:
         return Text(" " * start) + Text("◆", bar.style)
-    solid = start if bar.exposed_from_s is None else max(start, column(bar.exposed_from_s))
-    return Text(" " * start) + Text("░" * (solid - start) + "█" * (end - solid + 1), bar.style)
+    hidden = 0 if bar.exposed_from_s is None else column(bar.exposed_from_s) - start
+    if bar.exposed_from_s is not None and end == column(bar.exposed_from_s):
+        hidden += 1  # less than a column was not
+    return Text(" " * start) + Text("░" * hidden + "█" * (end - start + 1 - hidden), bar.style)

@@ -71,9 +71,10 @@ def no_task_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def child_processes() -> set[str]:
+    """Our children, and orphans of theirs that came to us. What a child keeps for itself is its own."""
     tracker = "multiprocessing.resource_tracker"  # Python's own, one for the whole run
     found = set()
-    for child in psutil.Process().children(recursive=True):
+    for child in psutil.Process().children():
         try:
             command = " ".join(child.cmdline())
             if tracker not in command and child.status() != psutil.STATUS_ZOMBIE:
