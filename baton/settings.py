@@ -37,7 +37,7 @@ class ServiceSettings(BaseSettings):
     advertise_host: str | None = Field(None, description="Address that others reach this process at; default: host")
     grpc_port: Port = Field(0, ge=0, le=65535, description="gRPC port; 0 picks a free one")
     drain_timeout_s: float = Field(30, ge=0, description="How long running requests may take to finish at shutdown")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged at least")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint")
 
     @property
@@ -72,7 +72,7 @@ class WorkerSettings(ServiceSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto: as in the checkpoint")
     threads: int = Field(0, ge=0, description="torch threads; 0: torch's own choice")
     block_tokens: int = Field(32, ge=1, le=1024, description="Tokens in one KV block; equal on all workers of a model")
-    kv_blocks: int = Field(0, ge=0, description="Blocks in the pool; 0: from kv_memory")
+    kv_blocks: int = Field(0, ge=0, description="Blocks in the pool; 0: from kv_memory_bytes")
     kv_memory_bytes: int = Field(0, ge=0, description="Pool size; 0: 1 GiB on CPU, 90 % of what is free on a GPU")
     context_length_max: int = Field(0, ge=0, description="Longest prompt plus completion; 0: the model's own limit")
     chunk_tokens: int = Field(512, ge=1, description="Tokens computed in one engine step at most")

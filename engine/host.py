@@ -141,7 +141,8 @@ class WorkerHost:
         await self._grpc.set_serving(False)
         await self._membership.announce()
         try:
-            await asyncio.wait_for(until_idle(), self.settings.drain_timeout_s)
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                await until_idle()
         except TimeoutError:
             log.warning("%s still had work after %g s of draining", self.worker_id, self.settings.drain_timeout_s)
 

@@ -20,6 +20,9 @@ class Service(Protocol):
     async def start(self) -> None:
         """Returns when it serves. Whether it fails or is cancelled, `stop` still cleans up."""
 
+    async def failed(self) -> None:
+        """Raises when the service cannot go on, and its process should end; does not return before `stop`."""
+
     async def drain(self) -> None:
         """Takes nothing new and returns when what runs has finished."""
 
@@ -58,7 +61,7 @@ def run_until_stopped(service: AnyService, ready_line: Callable[[AnyService], st
 
     async def act(service: AnyService) -> None:
         print(ready_line(service), file=stdout, flush=True)
-        await asyncio.Event().wait()
+        await service.failed()
 
     run_service(service, act, drain_timeout_s)
 

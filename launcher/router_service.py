@@ -41,6 +41,9 @@ class RouterService:
         self._exits.push_async_callback(self._router.stop)
         await self._router.start()
 
+    async def failed(self) -> None:
+        await asyncio.Event().wait()
+
     async def drain(self) -> None:
         await self.router.drain()
 

@@ -57,6 +57,9 @@ class Deployment:
         async with self._progress.step("starting the router"):
             await self._start_router(redis_url)
 
+    async def failed(self) -> None:
+        await asyncio.Event().wait()  # what dies is brought back
+
     async def drain(self) -> None:
         await self.router.drain()
         await self._ask_workers(RayWorker.drain)

@@ -3,10 +3,12 @@
 import asyncio
 import ctypes
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +38,9 @@ class StartOutcome:
     failure: str = ""
 
 
+Started = tuple[Worker | None, StartOutcome]
+
+
 class WorkerActor:
     """Starts its worker when it is made, on an asyncio thread of its own; so does every life that Ray gives
     it after a death. `outcome` and `until_death` block while other calls go on: Ray runs each call on a
@@ -51,6 +56,7 @@ class WorkerActor:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="worker", daemon=True).start()
         self._started = asyncio.run_coroutine_threadsafe(start(role, settings), self._loop)
+        self._watch = asyncio.run_coroutine_threadsafe(die_when_failed(self._started), self._loop)
 
     def outcome(self) -> StartOutcome:
         """Blocks until the worker serves or has failed to."""
@@ -73,7 +79,7 @@ class WorkerActor:
             asyncio.run_coroutine_threadsafe(method(worker), self._loop).result(timeout_s)
 
 
-async def start(role: Role, settings: dict[str, Any]) -> tuple[Worker | None, StartOutcome]:
+async def start(role: Role, settings: dict[str, Any]) -> "Started":
     try:
         worker = make_worker(role, settings)
         await worker.start()
@@ -83,6 +89,17 @@ async def start(role: Role, settings: dict[str, Any]) -> tuple[Worker | None, St
         log.exception("the worker could not start")
         return None, StartOutcome(failure=f"An internal error ({type(error).__name__}: {error}) ended its start.")
     return worker, StartOutcome(address=worker.address)
+
+
+async def die_when_failed(started: "Future[Started]") -> None:
+    """Ray begins the next life."""
+    worker, _ = await asyncio.wrap_future(started)
+    try:
+        if worker is not None:
+            await worker.failed()
+    except Exception:
+        log.critical("the worker cannot go on; its process ends", exc_info=True)
+        os._exit(1)
 
 
 def make_worker(role: Role, settings: dict[str, Any]) -> Worker:

@@ -99,7 +99,8 @@ class Router:
         self._admission.close()
         await self._grpc.set_serving(False)
         try:
-            await asyncio.wait_for(self._admission.idle(), self._settings.drain_timeout_s)
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                await self._admission.idle()
         except TimeoutError:
             log.warning("requests still ran after %g s of draining", self._settings.drain_timeout_s)
 

@@ -103,7 +103,8 @@ class WorkerPool:
             self._reconcile()
             self._tell()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._membership.changed(), MEMBERSHIP_WAIT_MAX_S)
+                async with asyncio.timeout(MEMBERSHIP_WAIT_MAX_S):
+                    await self._membership.changed()
 
     def _reconcile(self) -> None:
         members = {_key(worker): worker for worker in self.members if worker.role == "decode"}
@@ -176,7 +177,8 @@ class WorkerLink:
         try:
             async with grpc.aio.insecure_channel(self.worker.address, options=CHANNEL_OPTIONS) as channel:
                 call = worker_pb2_grpc.DecodeWorkerStub(channel).Serve(self._outgoing())
-                await asyncio.wait_for(call.wait_for_connection(), CONNECT_TIMEOUT_S)
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await call.wait_for_connection()
                 was_connected = True
                 self._set_connected(True)
                 async for response in call:

@@ -294,5 +294,21 @@ def test_stopping_in_the_middle_of_everything_ends(
         asyncio.run(main())
 
 
+def test_a_worker_whose_engine_dies_of_a_bug_says_so(llama: Path, redis_server: EmbeddedRedis, key_prefix: str) -> None:
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    async def main() -> None:
+        async with running_pair(llama, redis_server.url, key_prefix) as pair:
+            pair.decode._host.engine.post(lambda engine: setattr(engine, "step", broken))
+            await pair.stream.submit(random_prompt(20), GREEDY)
+            with pytest.raises(RuntimeError, match="a bug"):
+                await pair.decode.failed()
+            raise Left
+
+    with pytest.raises(Left):
+        asyncio.run(main())
+
+
 class Left(Exception):
     """Raised to leave a running pair without waiting for what it does."""

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from baton.errors import Unavailable
 from launcher.process import StopSignals, run_service, run_until_stopped, serve, unless
 
 
@@ -14,12 +15,18 @@ class Recorder:
         self.calls: list[str] = []
         self.start_blocks = self.drain_blocks = False
         self.reached = asyncio.Event()
+        self.failure: Exception | None = None
 
     async def start(self) -> None:
         self.calls.append("start")
         if self.start_blocks:
             self.reached.set()
             await asyncio.Event().wait()
+
+    async def failed(self) -> None:
+        if self.failure:
+            raise self.failure
+        await asyncio.Event().wait()
 
     async def drain(self) -> None:
         self.calls.append("drain")
@@ -52,6 +59,14 @@ def test_a_signal_ends_what_it_does(number: signal.Signals, capsys: pytest.Captu
     run_until_stopped(service, ready_line, drain_timeout_s=1)
     assert service.calls == ["start", "drain", "stop"]
     assert capsys.readouterr().out == "ready\n"
+
+
+def test_a_failure_ends_it_and_is_told() -> None:
+    service = Recorder()
+    service.failure = Unavailable("The engine has ended.")
+    with pytest.raises(Unavailable, match="has ended"):
+        run_until_stopped(service, lambda _: "ready", drain_timeout_s=1)
+    assert service.calls == ["start", "stop"]
 
 
 def test_a_signal_while_it_starts_stops_it_without_a_drain() -> None:
