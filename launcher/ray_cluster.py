@@ -123,6 +123,8 @@ class RayCluster:
     def _start_own(self) -> None:
         self._set_environment(
             RAY_USAGE_STATS_ENABLED="0",
+            RAY_DEDUP_LOGS="0",
+            RAY_COLOR_PREFIX="0",
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=secrets.token_hex(32),  # else Ray keeps one in the home directory
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # a worker that reserves no GPU still sees them
@@ -147,7 +149,7 @@ class RayCluster:
         level = logging.DEBUG if self._is_debugging else logging.ERROR
         sys.stdout = LogStream(logging.getLogger("ray.messages"))  # Ray prints what befalls its processes
         try:
-            ray.init(log_to_driver=self._is_debugging, logging_level=level, namespace="baton", **arguments)
+            ray.init(log_to_driver=True, logging_level=level, namespace="baton", **arguments)
         except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
             log.debug("Ray's own words", exc_info=True)
             reason = str(error).strip().splitlines() or [type(error).__name__]
