@@ -21,6 +21,7 @@ from decode_worker.request import ActiveRequest, Outbox
 from decode_worker.session import DecodeServicer
 from engine.host import WorkerHost
 from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
+from kvtransfer.inproc import InprocHub
 from kvtransfer.registry import make_receiver
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,9 @@ _FINISH_REASONS = {
 class DecodeWorker:
     """One process's decode worker; lives on the asyncio loop that `start` is called on."""
 
-    def __init__(self, settings: DecodeWorkerSettings, clock: Clock = monotonic) -> None:
-        self._settings, self._clock = settings, clock
+    def __init__(self, settings: DecodeWorkerSettings, clock: Clock = monotonic, hub: InprocHub | None = None) -> None:
+        """`hub` joins the workers of one process that allow the transport inproc."""
+        self._settings, self._clock, self._hub = settings, clock, hub
         self._host = WorkerHost("decode", settings, self._on_result)
         self._requests: dict[RequestId, ActiveRequest] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -64,6 +66,7 @@ class DecodeWorker:
             settings.transport_port,
             settings.reachable_host,
             self._host.registry,
+            self._hub,
         )
         self._remote_prefill = RemotePrefill(
             self._host.model, receiver, PrefillClient(settings.prefill_timeout_s), settings.prefill_timeout_s

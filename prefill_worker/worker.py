@@ -19,6 +19,7 @@ from baton.rpc.streams import SerialWriter
 from baton.settings import PrefillWorkerSettings
 from engine.host import WorkerHost
 from engine.interface import BlocksWritten, EngineRequest, Prefill, StepResult
+from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
 from kvtransfer.registry import make_sender
 from prefill_worker.job import PrefillJob
@@ -31,8 +32,9 @@ SERVICE = "baton.v1.PrefillWorker"
 class PrefillWorker:
     """One process's prefill worker; lives on the asyncio loop that `start` is called on."""
 
-    def __init__(self, settings: PrefillWorkerSettings, clock: Clock = monotonic) -> None:
-        self._settings, self._clock = settings, clock
+    def __init__(self, settings: PrefillWorkerSettings, clock: Clock = monotonic, hub: InprocHub | None = None) -> None:
+        """`hub` joins the workers of one process that allow the transport inproc."""
+        self._settings, self._clock, self._hub = settings, clock, hub
         self._host = WorkerHost("prefill", settings, self._on_result, self._on_layer)
         self._jobs: dict[RequestId, PrefillJob] = {}
         self._ticket_numbers = itertools.count()
@@ -51,7 +53,7 @@ class PrefillWorker:
         """Returns when the model is loaded, the port is open and the cluster knows."""
         self._loop = asyncio.get_running_loop()
         await self._host.load()
-        self._sender = make_sender(self._settings.transports, self._host.engine.region, self._host.registry)
+        self._sender = make_sender(self._settings.transports, self._host.engine.region, self._host.registry, self._hub)
         servicer = _Servicer(self)
         await self._host.serve(
             SERVICE, lambda server: worker_pb2_grpc.add_PrefillWorkerServicer_to_server(servicer, server)

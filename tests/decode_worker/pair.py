@@ -17,6 +17,7 @@ from baton.rpc.streams import SerialWriter
 from baton.sampling import SamplingParams
 from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from decode_worker.worker import DecodeWorker
+from kvtransfer.inproc import InprocHub
 from prefill_worker.worker import PrefillWorker
 
 TIMEOUT_S = 60
@@ -127,7 +128,11 @@ async def running_pair(
     common = {**BASE, "model": str(model), "redis_url": redis_url, "key_prefix": key_prefix, **both}
     decode_only = ("local_prefill_tokens_max",)
     of_prefill = {key: value for key, value in common.items() if key not in decode_only} | (prefill or {})
-    workers = (PrefillWorker(PrefillWorkerSettings(**of_prefill)), DecodeWorker(DecodeWorkerSettings(**common)))
+    hub = InprocHub()
+    workers = (
+        PrefillWorker(PrefillWorkerSettings(**of_prefill), hub=hub),
+        DecodeWorker(DecodeWorkerSettings(**common), hub=hub),
+    )
     try:
         for worker in workers:
             await worker.start()

@@ -50,7 +50,7 @@ def with_pair(llama: Path, redis_server: EmbeddedRedis, key_prefix: str) -> Run:
     return run
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_over_every_transport(
     family: str, transport: str, models: Callable[[str], Path], with_pair: Run
@@ -65,6 +65,10 @@ def test_every_family_over_every_transport(
             assert answer.timeline.transport == transport
             layout_bytes = 2 * 4 * 8 * 2 * 16 * 4  # k and v, layers, tokens, heads, head dim, float32
             assert answer.timeline.transfer_bytes == layout_bytes * -(-len(prompt) // 8)
+        third = random_prompt(90, seed=90)
+        apart, alone = await pair.ask(third, SEEDED), await pair.stream.ask(third, SEEDED)
+        assert (apart.timeline.transport, alone.timeline.transport) == (transport, "")
+        assert apart.token_ids == alone.token_ids
 
     with_pair(test, models(family), transports=(transport,))
 
