@@ -157,7 +157,8 @@ def test_closing_the_ticket_stops_a_write_before_its_next_copy() -> None:
     run(scenario())
 
 
-def test_a_cancelled_write_ends_when_the_copy_has_ended() -> None:
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+def test_a_write_ends_when_its_copy_under_way_has_ended(how: str) -> None:
     async def scenario() -> None:
         async with ends() as (receiver, sender):
             connection = await sender.connect(offer_of(receiver, REQUEST, 1, 3), TARGET_LAYOUT)
@@ -171,18 +172,18 @@ def test_a_cancelled_write_ends_when_the_copy_has_ended() -> None:
             connection._source.on_read = block  # type: ignore[attr-defined]
             writing = asyncio.ensure_future(connection.write(0, ids(1, 3), ids(1, 3)))
             await reading.wait()
+            closing = asyncio.ensure_future(connection.close()) if how == "closed" else None
             for _ in range(3):
-                writing.cancel()
-                await asyncio.sleep(0)
-            closing = asyncio.ensure_future(connection.close())
-            await asyncio.sleep(0)
+                if how == "cancelled":
+                    writing.cancel()
+                await turns(1)
             assert not writing.done()
-            assert not closing.done()
+            assert closing is None or not closing.done()
             go_on.set()
-            with pytest.raises(asyncio.CancelledError):
+            with pytest.raises(asyncio.CancelledError if how == "cancelled" else TransferError):
                 await writing
-            await closing
             assert not slices(target_of(receiver))[0, :, 3].any()
+            await (closing or connection.close())
 
     run(scenario())
 

@@ -322,6 +322,22 @@ def test_a_receiver_that_takes_nothing_more() -> None:
     run(scenario())
 
 
+def test_closing_ends_a_write_that_waits_for_the_receiver() -> None:
+    async def scenario() -> None:
+        everything = ids(*range(LARGE.blocks))
+        async with impostor(stop_reading_after_hello) as offer, sending(LARGE) as sender:
+            connection = await sender.connect(offer, LARGE)
+            writing = asyncio.ensure_future(connection.write(0, everything, everything))
+            for _ in range(1000):  # turns of the loop, until no buffer takes more
+                await asyncio.sleep(0)
+            assert not writing.done()
+            await asyncio.wait_for(connection.close(), 5)
+            with pytest.raises(TransferError, match="interrupted"):
+                await writing
+
+    run(scenario())
+
+
 def test_a_receiver_that_never_acknowledges() -> None:
     async def scenario() -> None:
         async with impostor(stop_reading_after_hello) as offer, sending(stall_timeout_s=0.1) as sender:
@@ -334,6 +350,19 @@ def test_a_receiver_that_never_acknowledges() -> None:
 
 
 # ---- links
+
+
+def test_a_write_that_the_socket_takes_at_once_still_gives_the_loop_its_turn() -> None:
+    async def scenario() -> None:
+        async with receiving() as receiver, sending() as sender:
+            (offer,) = receiver.open(REQUEST, ids(1))
+            connection = await sender.connect(offer, LAYOUT)
+            writing = asyncio.ensure_future(connection.write(0, ids(1), ids(1)))
+            await asyncio.sleep(0)
+            assert not writing.done()
+            await writing
+
+    run(scenario())
 
 
 def test_a_link_serves_one_ticket_after_the_other() -> None:

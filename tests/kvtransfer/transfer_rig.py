@@ -1,5 +1,6 @@
 """Two ends of a transport in one process, and memory whose every byte can be told from every other."""
 
+import gc
 import os
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -101,6 +102,7 @@ def tampered(offer: Offer, position: int) -> Offer:
 
 
 def open_fds() -> set[str]:
+    gc.collect()  # what an earlier test's exceptions held
     return set(os.listdir("/proc/self/fd"))
 
 
@@ -110,5 +112,6 @@ def transfer_threads() -> list[str]:
 
 def is_mapped() -> bool:
     """Whether any shared KV memory is mapped in this process."""
+    gc.collect()
     with open("/proc/self/maps") as maps:
         return "memfd:baton-kv" in maps.read()
