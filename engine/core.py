@@ -25,7 +25,7 @@ from engine.interface import (
     Prefill,
     StepResult,
 )
-from engine.loader import LoadedModel, load_model
+from engine.model.loader import LoadedModel, load_model
 from engine.pool_size import pool_blocks
 from engine.rows import draw_for, row_of, written_by
 from engine.runner import ModelRunner, StepLogits, kv_layout

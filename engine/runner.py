@@ -9,13 +9,13 @@ from torch import Tensor
 
 from baton.layout import KVLayout
 from baton.sampling import PositionLogprobs
-from engine.attention import STEP_ARGUMENT, PagedAttention
+from engine.attention.kernels import Accelerator
+from engine.attention.paged import STEP_ARGUMENT, PagedAttention
+from engine.attention.step_plan import StepPlan
 from engine.batch import Row
 from engine.device_region import DeviceRegion
-from engine.kernels import Accelerator
-from engine.loader import LoadedModel
 from engine.logprobs import logprobs_of
-from engine.step_plan import StepPlan
+from engine.model.loader import LoadedModel
 
 
 class HostMemory(Protocol):

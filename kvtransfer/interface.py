@@ -38,8 +38,9 @@ class Region(Protocol):
         a host copy, taken after the writes that were issued before the call."""
 
     def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
-        """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments,
-        before any other view is asked for."""
+        """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments.
+        Several may be out at one time, for different blocks; one whose ticket closes meanwhile, or whose
+        link breaks, is dropped without `written`."""
 
     def written(self, layer: int, kv: int, first_block: int, blocks: int) -> None:
         """The view from `writable` is filled. Host memory: nothing to do. Device memory: copies it in;

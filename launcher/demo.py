@@ -21,7 +21,7 @@ from launcher.timeline import Timeline, render
 from launcher.up import Deployment
 
 if TYPE_CHECKING:
-    from engine.recall_text import Ledger
+    from engine.recall.text import Ledger
 
 LEDGER_LINES = 500
 QUESTIONS_KNOWN = 4
@@ -80,7 +80,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 async def ask_all(deployment: Deployment, console: Console) -> Sequence[Answer]:
     """Asks one question after the other and prints what happens; the first finds every cache cold."""
-    from engine.recall_text import make_ledger
+    from engine.recall.text import make_ledger
 
     seed = secrets.randbits(32)
     ledger = make_ledger(LEDGER_LINES, seed)
@@ -96,7 +96,7 @@ async def ask_all(deployment: Deployment, console: Console) -> Sequence[Answer]:
 
 
 def choose_lockers(ledger: "Ledger", chance: random.Random) -> Sequence[str]:
-    from engine.recall_text import LOCKERS
+    from engine.recall.text import LOCKERS
 
     unknown = [locker for locker in LOCKERS if locker not in ledger.owners]
     return [*chance.sample(list(ledger.owners), QUESTIONS_KNOWN), chance.choice(unknown)]
@@ -104,7 +104,7 @@ def choose_lockers(ledger: "Ledger", chance: random.Random) -> Sequence[str]:
 
 def ask(url: str, ledger: "Ledger", locker: str) -> Answer:
     """One chat completion over HTTP, as any client would ask for it. Raises Unavailable if none comes back."""
-    from engine.recall_text import question
+    from engine.recall.text import question
 
     messages = [{"role": "system", "content": ledger.text}, {"role": "user", "content": question(locker)}]
     body = {"model": RECALL_MODEL, "messages": messages, "temperature": 0, "timeline": True}

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from baton.cluster.membership import MembershipWatch
 from baton.cluster.redis_client import connect_redis
 from baton.settings import RouterSettings
-from engine.model_source import find_model
+from engine.model.source import find_model
 from router.app import Router
 
 

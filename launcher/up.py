@@ -109,7 +109,7 @@ class Deployment:
 def find(model: str) -> None:
     """Makes sure that the model's files are here, so that the workers need not each download them."""
     check_model(model)
-    from engine.model_source import find_model
+    from engine.model.source import find_model
 
     find_model(model)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from engine.recall_text import Ledger, question
+from engine.recall.text import Ledger, question
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from baton.cluster.redis_server import EmbeddedRedis
-from engine.recall_model import build_recall_model
-from engine.recall_text import make_ledger, question
+from engine.recall.model import build_recall_model
+from engine.recall.text import make_ledger, question
 from tests.cluster.processes import Process, fetch, metric, running, until
 
 LEDGER = make_ledger(400, seed=7)

@@ -20,7 +20,7 @@ from baton.client import Client
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.errors import InvalidRequest, ModelNotFound
 from baton.sampling import SamplingParams
-from engine.recall_text import make_ledger, prompt, question
+from engine.recall.text import make_ledger, prompt, question
 from tests.cluster.processes import Process, fetch, running, until
 
 LEDGER = make_ledger(300, seed=11)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.recall_text import make_ledger
+from engine.recall.text import make_ledger
 from tests.cluster.real_up import BATON, RealUp, listener_on, wait_until
 
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import engine.varlen_attention
+import engine.attention.varlen_kernel
 from baton.errors import UnsupportedModel
-from engine.attention import PAGED_ATTENTION, PagedAttention, paged_attention, register_paged_attention
+from engine.attention.kernels import Accelerator, AttentionOptions, Kernel, choose_kernel
+from engine.attention.paged import PAGED_ATTENTION, PagedAttention, paged_attention, register_paged_attention
+from engine.attention.step_plan import StepPlan, slot_index, slot_runs
+from engine.attention.torch_kernel import torch_attention
+from engine.attention.varlen_kernel import VarlenStep, window_size
 from engine.batch import Row
-from engine.kernels import Accelerator, AttentionOptions, Kernel, choose_kernel
-from engine.step_plan import StepPlan, slot_index, slot_runs
-from engine.torch_attention import torch_attention
-from engine.varlen_attention import VarlenStep, window_size
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 BLOCK_TOKENS, BLOCKS = 4, 64
@@ -94,8 +94,8 @@ def random_step(rows: list[Row], dtype: torch.dtype) -> tuple[StepPlan, Tensor, 
 def test_torch_attention_is_attention(
     options: AttentionOptions, dtype: torch.dtype, run_tokens_min: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("engine.step_plan.RUN_TOKENS_MIN", run_tokens_min)
-    monkeypatch.setattr("engine.torch_attention.SLICE_QUERIES", 3)
+    monkeypatch.setattr("engine.attention.step_plan.RUN_TOKENS_MIN", run_tokens_min)
+    monkeypatch.setattr("engine.attention.torch_kernel.SLICE_QUERIES", 3)
     rows = mixed_rows()
     plan, query, pool = random_step(rows, dtype)
     keys, values = (pool[kv].flatten(0, 1) for kv in (0, 1))
@@ -121,7 +121,7 @@ def test_scores_stay_within_their_bound(monkeypatch: Any) -> None:
     plan, query, pool = random_step(rows, torch.float32)
     keys, values = (pool[kv].flatten(0, 1) for kv in (0, 1))
     expected = torch_attention(plan, query, keys, values, AttentionOptions(0.3))
-    monkeypatch.setattr("engine.torch_attention.SCORES_MAX", HEADS * 40 * 2)
+    monkeypatch.setattr("engine.attention.torch_kernel.SCORES_MAX", HEADS * 40 * 2)
     torch.testing.assert_close(torch_attention(plan, query, keys, values, AttentionOptions(0.3)), expected)
 
 
@@ -149,7 +149,7 @@ def test_long_runs_are_read_in_place_and_short_ones_copied(monkeypatch: Any) -> 
     copied = plan.read(plan.spans[1], None)
     assert isinstance(copied, Tensor) and len(copied) == 36
     assert plan.read(plan.spans[1], 3) == (slice(65, 68),)
-    monkeypatch.setattr("engine.step_plan.RUN_TOKENS_MIN", 2)
+    monkeypatch.setattr("engine.attention.step_plan.RUN_TOKENS_MIN", 2)
     assert plan.read(plan.spans[1], 5) == (slice(59, 60), slice(64, 68))
 
 
@@ -238,7 +238,7 @@ def bottom_right(query: Tensor, keys: Tensor, values: Tensor, scale: float, left
 @pytest.mark.parametrize("kernel", [Kernel.VARLEN_PAGED, Kernel.VARLEN_COPIED])
 @pytest.mark.parametrize("window", [None, 1, 6])
 def test_the_varlen_call_means_the_same(kernel: Kernel, window: int | None, monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine.varlen_attention, "varlen_attn", documented_varlen_attn)
+    monkeypatch.setattr(engine.attention.varlen_kernel, "varlen_attn", documented_varlen_attn)
     rows, options = mixed_rows(), AttentionOptions(0.3, window=window)
     plan, query, pool = random_step(rows, torch.float32)
     got = VarlenStep(plan).attend(kernel, query, pool[0], pool[1], options)

@@ -26,9 +26,9 @@ from transformers.masking_utils import (
 )
 
 from baton.errors import SettingsError, UnsupportedModel
-from engine.loader import choose_device, context_length, load_model
-from engine.model_source import find_model
-from engine.model_support import _is_plain, _sampled_mask, check_class, check_config
+from engine.model.loader import choose_device, context_length, load_model
+from engine.model.source import find_model
+from engine.model.support import _is_plain, _sampled_mask, check_class, check_config
 from tests.engine.tiny_models import CONTEXT_LENGTH, EOS_TOKEN_ID, FAMILIES, VOCABULARY_SIZE, make_model
 
 torch.set_num_threads(1)
@@ -144,7 +144,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> str:
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr("engine.model_source.snapshot_download", unreachable)
+    monkeypatch.setattr("engine.model.source.snapshot_download", unreachable)
     with pytest.raises(SettingsError, match=r"no model some/model: .* the hub cannot be reached"):
         find_model("some/model")
 
@@ -154,7 +154,7 @@ def test_a_hub_id_in_the_cache_needs_no_hub(llama: Path, monkeypatch: pytest.Mon
         assert local_files_only
         return str(llama)
 
-    monkeypatch.setattr("engine.model_source.snapshot_download", cached)
+    monkeypatch.setattr("engine.model.source.snapshot_download", cached)
     assert find_model("some/model") == llama
 
 

@@ -14,7 +14,7 @@ from baton.ids import RequestId
 from baton.settings import WorkerSettings
 from engine.core import LocalEngine
 from engine.interface import Prefill
-from engine.loader import LoadedModel, load_model
+from engine.model.loader import LoadedModel, load_model
 
 BLOCK_TOKENS = 8
 NEW_TOKENS = 10

@@ -13,9 +13,9 @@ from baton.errors import SettingsError
 from baton.ids import BlockId, RequestId
 from baton.settings import RECALL_MODEL
 from engine.batch import Row
-from engine.loader import load_model
-from engine.recall_model import build_recall_model, recall_model_directory
-from engine.recall_text import LOCKERS, NAMES, NOBODY, VOCABULARY, Ledger, make_ledger, prompt, question
+from engine.model.loader import load_model
+from engine.recall.model import build_recall_model, recall_model_directory
+from engine.recall.text import LOCKERS, NAMES, NOBODY, VOCABULARY, Ledger, make_ledger, prompt, question
 from engine.runner import ModelRunner, kv_layout
 from kvtransfer.region import HostRegion
 
@@ -201,7 +201,7 @@ def test_of_two_that_build_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     with monkeypatch.context() as patch:
         calls = iter([build_and_lose, build_recall_model])
-        patch.setattr("engine.recall_model.build_recall_model", lambda path: next(calls)(path))
+        patch.setattr("engine.recall.model.build_recall_model", lambda path: next(calls)(path))
         directory = recall_model_directory(environment)
     assert list((tmp_path / "baton").iterdir()) == [directory]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baton.ids import BlockId, RequestId
 from engine.batch import Row
-from engine.loader import LoadedModel, load_model
+from engine.model.loader import LoadedModel, load_model
 from engine.runner import ModelRunner, blocks_for_memory, kv_layout, region_tensor
 from kvtransfer.region import HostRegion
 from tests.engine.tiny_models import CONTEXT_LENGTH, FAMILIES, SLIDING_WINDOW, make_model, random_prompt, reference

@@ -95,7 +95,10 @@ def test_a_write_larger_than_any_buffer(transport: str) -> None:
     run(transport, scenario, source_layout=BIG_SOURCE, target_layout=BIG_SOURCE)
 
 
-def test_many_tickets_at_once_and_one_after_the_other(transport: str) -> None:
+@pytest.mark.parametrize("kinds", [0, 1], ids=["host", "staged"])
+def test_many_tickets_at_once_and_one_after_the_other(transport: str, kinds: int) -> None:
+    source_kind, target_kind = REGION_KINDS[transport][kinds]
+
     async def one(ends: Pair, block: int) -> None:
         connection = await ends.connect(ids(block), RequestId(f"req-{block}"))
         for layer in range(3):
@@ -110,7 +113,7 @@ def test_many_tickets_at_once_and_one_after_the_other(transport: str) -> None:
         source = [block % SOURCE_LAYOUT.blocks for block in range(TARGET_LAYOUT.blocks)]
         assert (slices(ends.target) == slices(ends.source)[:, :, source]).all()
 
-    run(transport, scenario)
+    run(transport, scenario, source_kind=source_kind, target_kind=target_kind)
 
 
 def test_a_write_of_nothing_is_nothing(transport: str) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from engine.recall_text import NOBODY, make_ledger
+from engine.recall.text import NOBODY, make_ledger
 from launcher.demo import QUESTIONS_KNOWN, Answer, choose_lockers, described, is_success, summary
 
 

@@ -30,8 +30,8 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from baton.errors import SettingsError
-from engine import recall_text
-from engine.recall_text import BOS, COLOURS, CONTEXT_LENGTH, EOS, NAMES, NOBODY, NUMBERS, PAD, VOCABULARY
+from engine.recall import text as recall_text
+from engine.recall.text import BOS, COLOURS, CONTEXT_LENGTH, EOS, NAMES, NOBODY, NUMBERS, PAD, VOCABULARY
 
 Matrix = npt.NDArray[np.float32]
 

@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from baton.errors import SettingsError, UnsupportedModel
 from baton.settings import RECALL_MODEL
-from engine.recall_model import recall_model_directory
+from engine.recall.model import recall_model_directory
 
 HUB_TIMEOUT_S = 5
 """How long the hub may take to answer whether it has a model."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from baton.errors import UnsupportedModel
-from engine.kernels import Accelerator, AttentionOptions, Kernel, choose_kernel
-from engine.step_plan import StepPlan
-from engine.torch_attention import torch_attention
-from engine.varlen_attention import VarlenStep
+from engine.attention.kernels import Accelerator, AttentionOptions, Kernel, choose_kernel
+from engine.attention.step_plan import StepPlan
+from engine.attention.torch_kernel import torch_attention
+from engine.attention.varlen_kernel import VarlenStep
 
 PAGED_ATTENTION = "baton_paged"
 STEP_ARGUMENT = "baton_attention"

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from baton.errors import UnsupportedModel
-from engine.attention import STEP_ARGUMENT, paged_attention
-from engine.kernels import AttentionOptions
+from engine.attention.kernels import AttentionOptions
+from engine.attention.paged import STEP_ARGUMENT, paged_attention
 
 PROBE_ATTENTION = "baton_probe"
 """The attention implementation that `probe` needs the model to be loaded with."""

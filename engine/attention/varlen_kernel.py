@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from engine.kernels import AttentionOptions, Kernel
-from engine.step_plan import StepPlan, slot_index
+from engine.attention.kernels import AttentionOptions, Kernel
+from engine.attention.step_plan import StepPlan, slot_index
 
 
 class VarlenStep:

@@ -14,11 +14,11 @@ from transformers import logging as transformers_logging
 
 from baton.errors import SettingsError, UnsupportedModel
 from baton.layout import DTYPE_BYTES
-from engine.attention import PAGED_ATTENTION, register_paged_attention
-from engine.fingerprint import fingerprint
-from engine.model_source import find_model
-from engine.model_support import PROBE_ATTENTION, check_class, check_config, probe, register_probe_attention
-from engine.packed_linear import can_pack, pack_linears
+from engine.attention.paged import PAGED_ATTENTION, register_paged_attention
+from engine.model.fingerprint import fingerprint
+from engine.model.packed_linear import can_pack, pack_linears
+from engine.model.source import find_model
+from engine.model.support import PROBE_ATTENTION, check_class, check_config, probe, register_probe_attention
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
 """What transformers raises for files that it cannot make a model of."""

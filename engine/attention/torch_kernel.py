@@ -15,8 +15,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionOptions
-from engine.step_plan import Read, Span, StepPlan
+from engine.attention.kernels import AttentionOptions
+from engine.attention.step_plan import Read, Span, StepPlan
 
 SLICE_QUERIES = 64
 SCORES_MAX = 2**26
