@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,3 +41,9 @@ def freeze_heap() -> None:
     A full one over torch's and transformers' objects would stop every stream for 100 ms and more."""
     gc.collect()
     gc.freeze()
+
+
+def raise_descriptor_limit() -> None:
+    """To what the system allows: each request in flight holds a socket or two, and the usual 1,024 are soon used up."""
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))

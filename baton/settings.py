@@ -5,9 +5,9 @@ the same everywhere: the flag `--kv-blocks`, the variable `BATON_KV_BLOCKS`, the
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -86,6 +86,12 @@ class WorkerSettings(ServiceSettings):
     metrics_port: Port | None = Field(None, ge=0, le=65535, description="Prometheus port; unset: none")
     worker_id: str | None = Field(None, description="Default: role and a random suffix")
 
+    @model_validator(mode="after")
+    def can_be_reached(self) -> Self:
+        if self.reachable_host in ("0.0.0.0", "::", "[::]"):
+            raise ValueError(f"others cannot reach this worker at {self.reachable_host}; set advertise_host")
+        return self
+
 
 class PrefillWorkerSettings(WorkerSettings):
     prefill_timeout_s: float = Field(600, gt=0, description="Longest that a ticket may hold blocks")
@@ -107,13 +113,20 @@ class RouterSettings(ServiceSettings):
 
 
 class UpSettings(RouterSettings, PrefillWorkerSettings, DecodeWorkerSettings):
-    """`baton up`: a router, its workers and, where no URL is given, a Redis of its own."""
+    """`baton up`: a router, its workers and, where no URL is given, a Redis of its own.
+
+    `host` is the router's; the workers listen where only the others of the deployment need to reach them.
+    """
 
     redis_url: str | None = Field(None, description="Redis to use; default: an embedded one")  # type: ignore[assignment]
     ray_address: str | None = Field(None, description="Ray cluster to run on; default: a local Ray")
     prefill: int = Field(1, ge=0, description="Prefill workers")
     decode: int = Field(1, ge=1, description="Decode workers")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs that Ray sets aside for each worker")
+
+    @model_validator(mode="after")
+    def can_be_reached(self) -> Self:
+        return self
 
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
@@ -130,7 +143,10 @@ def load_settings(kind: type[Settings], flags: dict[str, Any], config: Path | No
     try:
         return kind(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
+            for e in error.errors()
+        )
         raise SettingsError(f"These settings cannot be used: {problems}.") from None
     except Exception as error:  # the YAML source raises what the YAML library raises
         raise SettingsError(f"The settings could not be read: {error}") from None

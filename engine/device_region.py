@@ -18,7 +18,6 @@ class DeviceRegion:
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         self.layout = layout
         self.tensor = torch.zeros(layout.shape, dtype=getattr(torch, layout.dtype), device=device)
-        self._staged: dict[tuple[int, int, int, int], Tensor] = {}
         self._marks: dict[int, torch.cuda.Event] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -42,20 +41,17 @@ class DeviceRegion:
 
     def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
         """Host memory to fill; nothing reaches the device before `written`."""
-        staging = _staging_for(self._slices(layer, kv, first_block, blocks))
-        self._staged[layer, kv, first_block, blocks] = staging
-        return _bytes_of(staging)
+        return _bytes_of(_staging_for(self._slices(layer, kv, first_block, blocks)))
 
-    def written(self, layer: int, kv: int, first_block: int, blocks: int) -> None:
+    def written(self, layer: int, kv: int, first_block: int, blocks: int, view: memoryview) -> None:
         """Copies in what `writable` gave out; waits until it has landed."""
-        staging = self._staged.pop((layer, kv, first_block, blocks))
-        self._copy(layer, self._slices(layer, kv, first_block, blocks), staging)
+        slices = self._slices(layer, kv, first_block, blocks)
+        self._copy(layer, slices, torch.frombuffer(view, dtype=slices.dtype).view(slices.shape))
 
     def share(self) -> None:
         """No other process maps it."""
 
     def close(self) -> None:
-        self._staged.clear()
         self.tensor = self.tensor.new_empty(0)
 
     def _slices(self, layer: int, kv: int, first_block: int, blocks: int) -> Tensor:

@@ -87,8 +87,9 @@ class InprocConnection(MeasuredConnection):
         for run in runs_of(source, target, run_blocks_max(self._target)):
             for kv in (0, 1):
                 self._check_open()
-                copy_run(self._source, region, layer, kv, run)
-                region.written(layer, kv, run.target, run.blocks)
+                place = region.writable(layer, kv, run.target, run.blocks)
+                copy_run(self._source, layer, kv, run, place)
+                region.written(layer, kv, run.target, run.blocks, place)
                 await asyncio.sleep(0)  # the loop's turn
 
     async def _fence(self) -> None:

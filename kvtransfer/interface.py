@@ -38,11 +38,11 @@ class Region(Protocol):
         a host copy, taken after the writes that were issued before the call."""
 
     def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
-        """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments.
+        """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments and it.
         Several may be out at one time, for different blocks; one whose ticket closes meanwhile, or whose
         link breaks, is dropped without `written`."""
 
-    def written(self, layer: int, kv: int, first_block: int, blocks: int) -> None:
+    def written(self, layer: int, kv: int, first_block: int, blocks: int, view: memoryview) -> None:
         """The view from `writable` is filled. Host memory: nothing to do. Device memory: copies it in;
         called on the loop with a few MB at most."""
 

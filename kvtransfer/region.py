@@ -38,7 +38,7 @@ class HostRegion:
     def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
         return slices_of(self.memory, self.layout, layer, kv, first_block, blocks)
 
-    def written(self, layer: int, kv: int, first_block: int, blocks: int) -> None:
+    def written(self, layer: int, kv: int, first_block: int, blocks: int, view: memoryview) -> None:
         """Nothing to do: the view was the region itself."""
 
     def share(self) -> bytes | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -39,13 +38,8 @@ def run_blocks_max(layout: KVLayout) -> int:
     return max(1, RUN_BYTES_MAX // layout.slice_bytes)
 
 
-class Writable(Protocol):
-    def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview: ...
-
-
-def copy_run(source: Region, target: Writable, layer: int, kv: int, run: Run) -> int:
-    """One memcpy, without the GIL; returns its bytes."""
+def copy_run(source: Region, layer: int, kv: int, run: Run, place: memoryview) -> int:
+    """One memcpy from the source's blocks of the run, without the GIL; returns its bytes."""
     data = source.readable(layer, kv, run.source, run.blocks)
-    place = target.writable(layer, kv, run.target, run.blocks)
     np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(data, np.uint8))
     return data.nbytes

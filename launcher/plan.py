@@ -8,7 +8,7 @@ from baton.cluster.worker_info import Role
 from baton.errors import SettingsError
 from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings, ServiceSettings, UpSettings, WorkerSettings
 from launcher.checks import check_port
-from launcher.ray_cluster import WorkerPlan, check_ray_address, is_local
+from launcher.ray_cluster import LOOPBACK, WorkerPlan, check_ray_address, is_local
 
 BY_HAND_ONLY = frozenset({"worker_id", "transport_port", "metrics_port"})
 """Settings that two workers cannot share: `baton up` chooses them itself."""
@@ -57,7 +57,8 @@ def threads_each(settings: UpSettings, workers: int, cores: int) -> int:
 
 
 def worker_fields(settings: UpSettings, role: Role, **own: Any) -> dict[str, Any]:
-    own |= {"grpc_port": 0, "transport_port": 0, "metrics_port": None}
+    """On other machines of a Ray cluster, the actor replaces the host by its machine's address."""
+    own |= {"grpc_port": 0, "transport_port": 0, "metrics_port": None, "advertise_host": None, "host": LOOPBACK}
     return settings_for(KINDS[role], settings, **own).model_dump()
 
 

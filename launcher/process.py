@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from baton.process import raise_descriptor_limit
+
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 30.0
@@ -85,6 +87,7 @@ async def serve(
     signals: StopSignals | None = None,
 ) -> Result | None:
     """`run_service` on a loop that runs already; `signals` may come from elsewhere too."""
+    raise_descriptor_limit()
     signals = signals or StopSignals()
     with signals.handled():
         try:

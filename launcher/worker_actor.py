@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from baton.cluster.worker_info import Role
 from baton.errors import BatonError
 from baton.logs import set_up_logging
+from baton.process import raise_descriptor_limit
 from launcher.process import Service
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class WorkerActor:
     def __init__(self, role: Role, settings: dict[str, Any], *, is_elsewhere: bool) -> None:
         """`is_elsewhere`: perhaps on another machine, so it must be reached by that machine's address."""
         die_with_parent()
+        raise_descriptor_limit()
         set_up_logging(f"{role}-worker", settings["log_level"])
         if is_elsewhere:
             settings |= addresses_of_this_machine()

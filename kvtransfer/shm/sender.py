@@ -80,7 +80,8 @@ class ShmConnection(MeasuredConnection):
                 raise TransferError(CLOSED)
             self._peer.check_open(self._invitation)
             for kv in (0, 1):
-                copy_run(self._source, self._peer.region, layer, kv, run)
+                place = self._peer.region.writable(layer, kv, run.target, run.blocks)
+                copy_run(self._source, layer, kv, run, place)
 
     async def _fence(self) -> None:
         self._peer.check_alive()

@@ -93,6 +93,7 @@ class Inlet:
     def close(self) -> None:
         """Lets go of its view of the region; nothing may follow."""
         self._place, self._lands_under = self._scratch, None
+        self._frames.close()
 
     def is_overdue(self) -> bool:
         """Whether the peer has kept the receiver waiting for too long."""
@@ -170,9 +171,10 @@ class Inlet:
 
     def _land(self, ticket: Ticket, layer: int, kv: int, target: Sequence[BlockId]) -> "Generator[_Wanted, None, None]":
         for run in runs_of(target, target, run_blocks_max(self._region.layout)):
-            yield self._region.writable(layer, kv, run.target, run.blocks), ticket
+            place = self._region.writable(layer, kv, run.target, run.blocks)
+            yield place, ticket
             if ticket.is_open:
-                self._region.written(layer, kv, run.target, run.blocks)
+                self._region.written(layer, kv, run.target, run.blocks, place)
 
     def _fence(self, header: Header, ticket: Ticket) -> None:
         if ticket.is_open:

@@ -38,7 +38,7 @@ def test_what_is_written_lands_at_written_and_nowhere_else(region: DeviceRegion)
     view = region.writable(1, 1, 3, 2)
     view[:] = source
     assert torch.equal(region.tensor, before)
-    region.written(1, 1, 3, 2)
+    region.written(1, 1, 3, 2, view)
     assert torch.equal(region.tensor[1, 1, 3:5], before[0, 1, 0:2])
     region.tensor[1, 1, 3:5] = before[1, 1, 3:5]
     assert torch.equal(region.tensor, before)
@@ -47,8 +47,8 @@ def test_what_is_written_lands_at_written_and_nowhere_else(region: DeviceRegion)
 def test_two_writers_do_not_share_staging(region: DeviceRegion) -> None:
     one, two = region.writable(0, 0, 0, 1), region.writable(0, 0, 1, 1)
     one[:], two[:] = b"\x01" * len(one), b"\x02" * len(two)
-    region.written(0, 0, 1, 1)
-    region.written(0, 0, 0, 1)
+    region.written(0, 0, 1, 1, two)
+    region.written(0, 0, 0, 1, one)
     assert set(bytes(region.readable(0, 0, 0, 1))) == {1}
     assert set(bytes(region.readable(0, 0, 1, 1))) == {2}
 

@@ -141,8 +141,9 @@ def copy_blocks(source: EngineDriver, target: EngineDriver, request_id: RequestI
         for layer in range(source.engine.model.layout.layers):
             for kv in (0, 1):
                 bytes_there = source.engine.region.readable(layer, kv, there, 1)
-                target.engine.region.writable(layer, kv, here, 1)[:] = bytes_there
-                target.engine.region.written(layer, kv, here, 1)
+                place = target.engine.region.writable(layer, kv, here, 1)
+                place[:] = bytes_there
+                target.engine.region.written(layer, kv, here, 1, place)
 
 
 def test_seeded_sampling_is_the_same_on_every_path(drive: Drive) -> None:

@@ -54,7 +54,7 @@ def test_a_run_stays_within_its_bytes() -> None:
 def test_a_run_is_copied_and_nothing_else() -> None:
     source, target = HostRegion.allocate(SOURCE_LAYOUT), HostRegion.allocate(TARGET_LAYOUT)
     fill_random(source, seed=3)
-    assert copy_run(source, target, 2, 1, Run(4, 10, 3)) == 3 * SOURCE_LAYOUT.slice_bytes
+    assert copy_run(source, 2, 1, Run(4, 10, 3), target.writable(2, 1, 10, 3)) == 3 * SOURCE_LAYOUT.slice_bytes
     expected = np.zeros_like(slices(target))
     expected[2, 1, 10:13] = slices(source)[2, 1, 4:7]
     assert (slices(target) == expected).all()

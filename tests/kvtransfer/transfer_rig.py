@@ -15,7 +15,6 @@ from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
 from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Connection, Offer, Receiver, Sender
-from kvtransfer.memory import SharedMemory
 from kvtransfer.region import HostRegion
 from kvtransfer.registry import make_receiver, make_sender
 
@@ -29,21 +28,15 @@ class StagedRegion(HostRegion):
 
     is_host = False
 
-    def __init__(self, layout: KVLayout, shared: SharedMemory) -> None:
-        super().__init__(layout, shared)
-        self._staged: dict[tuple[int, int, int, int], memoryview] = {}
-
     def readable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
         return memoryview(bytes(super().readable(layer, kv, first_block, blocks)))
 
     def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
-        staging = memoryview(bytearray(blocks * self.layout.slice_bytes))
-        self._staged[layer, kv, first_block, blocks] = staging
-        return staging
+        del layer, kv, first_block
+        return memoryview(bytearray(blocks * self.layout.slice_bytes))
 
-    def written(self, layer: int, kv: int, first_block: int, blocks: int) -> None:
-        staging = self._staged.pop((layer, kv, first_block, blocks))
-        HostRegion.writable(self, layer, kv, first_block, blocks)[:] = staging
+    def written(self, layer: int, kv: int, first_block: int, blocks: int, view: memoryview) -> None:
+        HostRegion.writable(self, layer, kv, first_block, blocks)[:] = view
 
     def share(self) -> None:
         """No other process maps a device's memory."""

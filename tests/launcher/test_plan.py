@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from baton.errors import ClusterError, SettingsError
-from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings, RouterSettings, UpSettings
+from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings, RouterSettings, UpSettings, load_settings
 from launcher.plan import check_settings, plan_workers, settings_for, threads_each
 from launcher.ray_cluster import is_local
 
@@ -120,3 +120,16 @@ def test_a_ray_cluster_that_is_not_there_is_told(taken_port: int) -> None:
 )
 def test_is_local(address: str | None, local: bool) -> None:
     assert is_local(address) == local
+
+
+def test_only_the_router_listens_to_the_world() -> None:
+    settings = up(host="0.0.0.0")
+    plans = plan_workers(settings, REDIS, "run")
+    assert {plan.settings["host"] for plan in plans} == {"127.0.0.1"}
+    assert settings_for(RouterSettings, settings, redis_url=REDIS).host == "0.0.0.0"
+
+
+def test_a_worker_by_hand_must_say_how_others_reach_it() -> None:
+    with pytest.raises(SettingsError, match=r"cannot be used: others cannot reach .* set advertise_host\.$"):
+        load_settings(DecodeWorkerSettings, {"host": "0.0.0.0"})
+    assert load_settings(DecodeWorkerSettings, {"host": "0.0.0.0", "advertise_host": "10.0.0.3"})
