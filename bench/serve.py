@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 import uvloop
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,20 +27,20 @@ COLUMNS: dict[str, Callable[[Figures], str]] = {
     "streams": lambda f: str(f.concurrency),
     "TTFT ms\np50 / p99": lambda f: milliseconds(f.ttft_p50_s, f.ttft_p99_s),
     "ITL ms\np50 / p99": lambda f: milliseconds(f.itl_p50_s, f.itl_p99_s),
-    "end to end ms\np50 / p99": lambda f: milliseconds(f.e2e_p50_s, f.e2e_p99_s),
-    "tokens/s\nout": lambda f: f"{f.output_tokens_per_s:,.0f}",
-    "tokens/s\nin": lambda f: f"{f.input_tokens_per_s:,.0f}",
-    "requests": lambda f: str(f.requests),
+    "e2e ms\np50 / p99": lambda f: milliseconds(f.e2e_p50_s, f.e2e_p99_s),
+    "tok/s\nout": lambda f: f"{f.output_tokens_per_s:,.0f}",
+    "tok/s\nin": lambda f: f"{f.input_tokens_per_s:,.0f}",
+    "done": lambda f: str(f.requests - f.failures),
     "failed": lambda f: str(f.failures),
 }
 
 
 def milliseconds(*seconds: float | None) -> str:
-    return " / ".join("–" if s is None else f"{s * 1000:,.1f}" for s in seconds)
+    return " / ".join("–" if s is None else f"{s * 1000:.{1 if s < 0.1 else 0}f}" for s in seconds)
 
 
 def table(levels: Sequence[Figures], title: str) -> Table:
-    made = Table(title=title, title_justify="left")
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in COLUMNS:
         made.add_column(name, justify="right")
     for figures in levels:
