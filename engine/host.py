@@ -14,7 +14,6 @@ from baton.cluster.redis_client import connect_redis
 from baton.cluster.worker_info import Load, Role, State, WorkerInfo
 from baton.errors import SettingsError
 from baton.ids import WorkerId, new_worker_id
-from baton.process import freeze_heap
 from baton.rpc import worker_pb2, worker_pb2_grpc
 from baton.service import GrpcService
 from baton.settings import WorkerSettings
@@ -63,7 +62,6 @@ class WorkerHost:
         )
         await self.engine.started()
         self.model: ModelInfo = self.engine.model
-        freeze_heap()
         EngineMetrics(self.registry, self.role, self.model.name, self.engine.stats)
 
     async def serve(self, service: str, register: Callable[[grpc.aio.Server], None]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from baton.process import raise_descriptor_limit
+from baton.process import freeze_heap, raise_descriptor_limit
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ async def start_and_act(
 ) -> Result | None:
     """Raises Stopped if asked before the service serves; returns None if asked while acting."""
     await unless(stop_asked, service.start())
+    freeze_heap()
     try:
         return await unless(stop_asked, act(service))
     except Stopped:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from baton.cluster.worker_info import Role
 from baton.errors import BatonError
 from baton.logs import set_up_logging
-from baton.process import raise_descriptor_limit
+from baton.process import freeze_heap, raise_descriptor_limit
 from launcher.process import Service
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ async def start(role: Role, settings: dict[str, Any]) -> "Started":
     try:
         worker = make_worker(role, settings)
         await worker.start()
+        freeze_heap()
     except BatonError as error:
         return None, StartOutcome(failure=str(error))
     except Exception as error:  # a bug, which only this process can tell about

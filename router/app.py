@@ -9,7 +9,6 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from baton.clock import Clock, monotonic
-from baton.process import freeze_heap
 from baton.service import GrpcService
 from baton.settings import RouterSettings
 from router.admission import Admission
@@ -90,7 +89,6 @@ class Router:
         await self._pool.start()
         await self._grpc.start(self._inference.register)
         await self._http.start()
-        freeze_heap()
         self._readiness = asyncio.create_task(self._follow_readiness(), name="follow readiness")
         log.info("listening at http://%s, gRPC %s", self.http_address, self.grpc_address)
 
