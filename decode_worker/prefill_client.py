@@ -90,13 +90,20 @@ class _Attempt:
                 case "started":
                     self._started = response.started
                 case "commit":
-                    assert self._started is not None
-                    return self._started, response.commit
+                    return self._checked(ticket, response.commit)
                 case _:
                     raise PrefillCancelled
         # The stream ended without a commit: its status says why, and awaiting it raises that.
         await self._call.read()
         raise Unavailable("The prefill worker ended the stream before it committed.")
+
+    def _checked(self, ticket: worker_pb2.Ticket, commit: worker_pb2.PrefillCommit) -> Outcome:
+        if self._started is None or commit.blocks != len(ticket.blocks):
+            raise Unavailable(
+                f"The prefill worker committed {commit.blocks} blocks where {len(ticket.blocks)} were asked for, "
+                "or before it had started."
+            )
+        return self._started, commit
 
     async def take_back(self, work: asyncio.Future[Outcome]) -> None:
         """Cancels the ticket and waits until nothing is written under it."""

@@ -37,6 +37,7 @@ class PrefillWorker:
         self._settings, self._clock, self._hub = settings, clock, hub
         self._host = WorkerHost("prefill", settings, self._on_result, self._on_layer)
         self._jobs: dict[RequestId, PrefillJob] = {}
+        self._closing: set[asyncio.Future[None]] = set()
         self._ticket_numbers = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -68,6 +69,7 @@ class PrefillWorker:
 
     async def stop(self) -> None:
         await self._host.close_services()
+        await asyncio.gather(*self._closing)
         if hasattr(self, "_sender"):
             await self._sender.close()
         await self._host.stop()
@@ -111,7 +113,16 @@ class PrefillWorker:
             raise InvalidRequest("The ticket's blocks do not cover its prompt.", "blocks")
 
     async def close_job(self, job: PrefillJob, *, sent: bool = False) -> None:
-        """After it returns no slice of the ticket is written, and the engine's blocks are free or cached."""
+        """After it returns no slice of the ticket is written, and the engine's blocks are free or cached.
+
+        Once begun it is carried through, whoever cancels: a decode worker hangs up as soon as it has its commit.
+        """
+        closing = asyncio.ensure_future(self._let_go(job, sent))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await asyncio.shield(closing)
+
+    async def _let_go(self, job: PrefillJob, sent: bool) -> None:
         await job.connection.close()
         if sent:
             self._host.engine.post(lambda engine: engine.release(job.request_id))
@@ -121,9 +132,9 @@ class PrefillWorker:
         if not self._jobs:
             self._idle.set()
 
-    @property
-    def ticket_timeout_s(self) -> float:
-        return self._settings.prefill_timeout_s
+    def timeout_s(self, ticket: worker_pb2.Ticket) -> float:
+        """The shorter of the ticket's own, where it has one, and this worker's."""
+        return min(ticket.deadline_s or self._settings.prefill_timeout_s, self._settings.prefill_timeout_s)
 
     # ---- from the engine
 
@@ -168,22 +179,20 @@ class _Servicer(worker_pb2_grpc.PrefillWorkerServicer):
                 raise InvalidRequest("The first message of a Prefill stream must be a ticket.")
             job = await self._worker.open_job(first.ticket)
             respond = Respond(context.write)
-            if not await self._run(job, context, respond):
+            if not await self._run(job, context, respond, self._worker.timeout_s(first.ticket)):
                 await respond(worker_pb2.PrefillResponse(released=worker_pb2.PrefillReleased()))
         except BatonError as error:
             await context.abort(status_code(error), str(error))
 
-    async def _run(self, job: PrefillJob, context: PrefillContext, respond: Respond) -> bool:
+    async def _run(self, job: PrefillJob, context: PrefillContext, respond: Respond, timeout_s: float) -> bool:
         """Whether the commit was sent; false: the decode worker took the ticket back."""
         work = asyncio.ensure_future(self._prefill(job, respond))
         taken_back = asyncio.ensure_future(context.read())
         committed = False
         try:
-            done, _ = await asyncio.wait(
-                {work, taken_back}, timeout=self._worker.ticket_timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait({work, taken_back}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                raise DeadlineExceeded(f"The ticket was not done within {self._worker.ticket_timeout_s:g} s.")
+                raise DeadlineExceeded(f"The ticket was not done within {timeout_s:g} s.")
             if work in done:
                 work.result()
                 committed = True

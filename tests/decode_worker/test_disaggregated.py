@@ -298,6 +298,50 @@ def test_stopping_in_the_middle_of_everything_ends(
         asyncio.run(main())
 
 
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_call_that_ends_while_the_prefill_worker_lets_go_leaks_nothing(cancels: bool, with_pair: Run) -> None:
+    """The decode worker hangs up as soon as it has its commit; letting go may take longer than that."""
+
+    async def test(pair: Pair) -> None:
+        sender = pair.prefill._sender
+        connect = sender.connect
+
+        async def connect_slowly_closing(*arguments: Any) -> Any:
+            connection = await connect(*arguments)
+            close = connection.close
+
+            async def close_slowly() -> None:
+                await asyncio.sleep(0.2)
+                await close()
+
+            connection.close = close_slowly
+            return connection
+
+        sender.connect = connect_slowly_closing  # type: ignore[method-assign]
+        request_id = await pair.stream.submit(random_prompt(400), GREEDY, [pair.prefill.address])
+        if cancels:
+            await asyncio.sleep(0.02)
+            await pair.stream.cancel(request_id)
+        else:
+            assert (await pair.stream.answer(request_id)).timeline.prefill_worker
+        await pair.until_idle()
+        await asyncio.wait_for(pair.prefill.drain(), 2)
+
+    with_pair(test, chunk_tokens=16)
+
+
+def test_a_tickets_own_deadline_counts_where_it_is_shorter(llama: Path, with_pair: Run) -> None:
+    prompt = random_prompt(400)
+
+    async def test(pair: Pair) -> None:
+        pair.decode._remote_prefill._timeout_s = 1e-6
+        answer = await pair.ask(prompt, GREEDY)
+        assert answer.timeline.prefill_worker == "", "the prefill worker let go; the decode worker computed it"
+        assert answer.token_ids == reference(llama, prompt, 24)
+
+    with_pair(test, chunk_tokens=16)
+
+
 def test_a_worker_whose_engine_dies_of_a_bug_says_so(llama: Path, redis_server: EmbeddedRedis, key_prefix: str) -> None:
     def broken() -> None:
         raise RuntimeError("a bug")

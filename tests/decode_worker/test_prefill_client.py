@@ -89,6 +89,18 @@ def test_a_stream_that_ends_without_a_commit_is_a_failure() -> None:
     asyncio.run(with_scripted(script, test))
 
 
+def test_a_commit_of_too_few_blocks_is_a_failure() -> None:
+    async def script(context) -> None:
+        await context.write(started())
+        await context.write(worker_pb2.PrefillResponse(commit=worker_pb2.PrefillCommit(first_token=7, blocks=2)))
+
+    async def test(client: PrefillClient, address: str) -> None:
+        with pytest.raises(Unavailable, match="2 blocks where 0 were asked for"):
+            await client.prefill(address, TICKET, asyncio.Event())
+
+    asyncio.run(with_scripted(script, test))
+
+
 def test_cancelling_waits_for_the_release() -> None:
     events: list[str] = []
 
