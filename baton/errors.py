@@ -3,7 +3,9 @@
 BatonError
 ├── InvalidRequest     the caller's request cannot be served as it is; `param` names the field
 │   └── ModelNotFound  no such model is served here
+├── Unauthorized       no API key, or none that is known
 ├── Overloaded         a stated bound is reached; try again after `retry_after_s`
+│   └── RateLimited    the tenant's own bound, not the server's
 ├── Unavailable        nobody can serve this now: no worker, or it was lost on the way
 ├── DeadlineExceeded   the caller's deadline passed
 ├── UnsupportedModel   this model cannot be served right; the message says why
@@ -30,10 +32,18 @@ class ModelNotFound(InvalidRequest):
     pass
 
 
+class Unauthorized(BatonError):
+    pass
+
+
 class Overloaded(BatonError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    pass
 
 
 class Unavailable(BatonError):

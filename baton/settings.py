@@ -7,7 +7,7 @@ the same everywhere: the flag `--kv-blocks`, the variable `BATON_KV_BLOCKS`, the
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -85,6 +85,8 @@ class WorkerSettings(ServiceSettings):
     transport_port: Port = Field(0, ge=0, le=65535, description="Where KV blocks come in by tcp; 0 picks a free one")
     metrics_port: Port | None = Field(None, ge=0, le=65535, description="Prometheus port; unset: none")
     worker_id: str | None = Field(None, description="Default: role and a random suffix")
+    pool: str = Field("default", min_length=1, description="Pool this worker belongs to, such as its GPU type")
+    self_test: bool = Field(True, description="Measure prefill and decode speed at start, before serving")
 
     @model_validator(mode="after")
     def can_be_reached(self) -> Self:
@@ -104,12 +106,57 @@ class DecodeWorkerSettings(WorkerSettings):
     prefill_timeout_s: float = Field(600, gt=0, description="Longest to wait for one prefill worker")
 
 
+Policy = Literal[
+    "least-added-latency", "round-robin", "random", "least-loaded", "prefix-affinity", "block-cost"
+]
+"""How requests are placed; the first is Baton's own, the others are there to compare with."""
+
+
+class UpstreamSettings(BaseModel):
+    """An OpenAI-compatible endpoint that takes what this cluster cannot."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    url: str = Field(description="Base URL, up to and with /v1")
+    model: str | None = Field(None, description="The model's name there; default: the same")
+    api_key_file: Path | None = Field(None, description="File that holds the key to send; read at start")
+    use: Literal["overflow", "fallback", "always"] = Field(
+        "overflow",
+        description="overflow: when the queue is full or no worker is ready; fallback: only when no worker is ready",
+    )
+    timeout_s: float = Field(600, gt=0, description="Longest that one request may take there")
+
+
+class ModelSettings(BaseModel):
+    """One model that a router serves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: str = Field(min_length=1, description="Name that clients use and that its workers serve it by")
+    model: str = Field(description="Hugging Face directory or hub id, for tokenizer and chat template")
+    aliases: tuple[str, ...] = Field((), description="Other names for it")
+    context_length_max: int = Field(0, ge=0, description="Longest prompt plus completion; 0: the model's own limit")
+    upstream: UpstreamSettings | None = None
+
+
 class RouterSettings(ServiceSettings):
     http_port: Port = Field(8000, ge=0, le=65535, description="OpenAI-compatible HTTP port; 0 picks a free one")
     requests_max: int = Field(4096, ge=1, description="Requests in flight at most; past it: 429")
     request_timeout_s: float = Field(3600, gt=0, description="Longest that one request may take; past it: 504")
     prompt_bytes_max: int = Field(4 * 2**20, ge=1, description="Longest prompt text")
     body_bytes_max: int = Field(32 * 2**20, ge=1, description="Largest HTTP body or gRPC message")
+    models: tuple[ModelSettings, ...] = Field(
+        (), description="Models to serve, in the YAML file or as JSON; default: the one that `model` names"
+    )
+    policy: Policy = Field("least-added-latency", description="How requests are placed on workers")
+    index_blocks_max: int = Field(4_000_000, ge=1, description="KV blocks that the prefix index knows at most")
+    decisions_max: int = Field(10_000, ge=0, description="Placement decisions kept for `baton explain`")
+    failover_max: int = Field(3, ge=0, description="How often one sequence is placed anew after a worker failed it")
+    tenants_file: Path | None = Field(None, description="YAML file with tenants, API keys and limits; unset: open")
+    queue_max: int = Field(1024, ge=0, description="Requests that may wait at the router for their turn")
+    worker_queue_s: float = Field(
+        1.0, gt=0, description="Requests wait at the router while every worker's predicted queue is longer"
+    )
 
 
 class UpSettings(RouterSettings, PrefillWorkerSettings, DecodeWorkerSettings):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from baton.ids import WorkerId
+from baton.latency import DEFAULT_LATENCY, WorkerLatency
 
 Role = Literal["prefill", "decode"]
 State = Literal["starting", "ready", "draining"]
@@ -21,6 +22,10 @@ class Load(BaseModel):
     """Prompt tokens still to compute."""
     kv_blocks_used: int = 0
     kv_blocks_cached: int = 0
+    kv_tokens: int = 0
+    """KV that a decode step reads: all tokens of the running sequences."""
+    arrivals_per_s: float = 0.0
+    """Requests that came to it, from whatever router, over the last half minute or so."""
 
 
 class WorkerInfo(BaseModel):
@@ -38,6 +43,12 @@ class WorkerInfo(BaseModel):
     block_tokens: int
     kv_dtype: str
     kv_blocks_total: int
+    kv_block_bytes: int = 0
+    chunk_tokens: int = 512
+    sequences_max: int = 256
+    pool: str = "default"
+    """Workers of one kind, such as one GPU type; operators choose the name."""
+    latency: WorkerLatency = DEFAULT_LATENCY
     epoch: str
     """Drawn anew at each start of the process."""
     load: Load = Load()

@@ -45,6 +45,11 @@ class InferenceStub:
                 request_serializer=baton_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.GetDecision = channel.unary_unary(
+                '/baton.v1.Inference/GetDecision',
+                request_serializer=baton_dot_v1_dot_inference__pb2.GetDecisionRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.Decision.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -65,6 +70,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDecision(self, request, context):
+        """Why a request was placed where it was, and what became of it. NOT_FOUND once it is forgotten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=baton_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=baton_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetDecision': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDecision,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.GetDecisionRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.Decision.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +150,33 @@ class Inference:
             '/baton.v1.Inference/ListModels',
             baton_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
             baton_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDecision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Inference/GetDecision',
+            baton_dot_v1_dot_inference__pb2.GetDecisionRequest.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.Decision.FromString,
             options,
             channel_credentials,
             insecure,

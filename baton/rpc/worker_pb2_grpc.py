@@ -190,6 +190,11 @@ class WorkerStub:
                 request_serializer=baton_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.GetCacheSnapshot = channel.unary_stream(
+                '/baton.v1.Worker/GetCacheSnapshot',
+                request_serializer=baton_dot_v1_dot_worker__pb2.GetCacheSnapshotRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_worker__pb2.CacheSnapshot.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -202,6 +207,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCacheSnapshot(self, request, context):
+        """All blocks that the worker's cache holds now; several messages, the same epoch and sequence in each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -209,6 +221,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=baton_dot_v1_dot_worker__pb2.GetStatusRequest.FromString,
                     response_serializer=baton_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
+            'GetCacheSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetCacheSnapshot,
+                    request_deserializer=baton_dot_v1_dot_worker__pb2.GetCacheSnapshotRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_worker__pb2.CacheSnapshot.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -239,6 +256,33 @@ class Worker:
             '/baton.v1.Worker/GetStatus',
             baton_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
             baton_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCacheSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.Worker/GetCacheSnapshot',
+            baton_dot_v1_dot_worker__pb2.GetCacheSnapshotRequest.SerializeToString,
+            baton_dot_v1_dot_worker__pb2.CacheSnapshot.FromString,
             options,
             channel_credentials,
             insecure,

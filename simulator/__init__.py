@@ -1,0 +1,1 @@
+"""Replays traces through the real router and schedulers in virtual time."""
