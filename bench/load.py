@@ -103,9 +103,9 @@ def error_message(body: bytes) -> str:
         return body.decode(errors="replace")
 
 
-async def ask(connection: SSEConnection, request: bytes) -> Outcome:
+async def ask(connection: SSEConnection, request: bytes, stream: Stream | None = None) -> Outcome:
     """One request, timed from when it is written to an open connection. Raises StaleConnection."""
-    stream = Stream()
+    stream = stream or Stream()
     start_s = monotonic()
     try:
         response = await connection.request(request, stream)
