@@ -4,6 +4,7 @@ One frozen object per service, read once at the start, checked as it is built an
 the same everywhere: the flag `--kv-blocks`, the variable `BATON_KV_BLOCKS`, the YAML key `kv_blocks`.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -29,7 +30,9 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BATON_", frozen=True, extra="forbid", hide_input_in_errors=True)
     config_file: ClassVar[Path | None] = None
 
-    model: str = Field(RECALL_MODEL, description="Hugging Face directory or hub id; 'recall' is the bundled demo model")
+    model: str = Field(
+        RECALL_MODEL, min_length=1, description="Hugging Face directory or hub id; 'recall' is the bundled demo model"
+    )
     served_model_name: str | None = Field(None, description="Name that clients use; default: the model as given")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis that coordinates the cluster")
     key_prefix: str = Field("baton", min_length=1, description="All Redis keys start with it")
@@ -106,9 +109,7 @@ class DecodeWorkerSettings(WorkerSettings):
     prefill_timeout_s: float = Field(600, gt=0, description="Longest to wait for one prefill worker")
 
 
-Policy = Literal[
-    "least-added-latency", "round-robin", "random", "least-loaded", "prefix-affinity", "block-cost"
-]
+Policy = Literal["least-added-latency", "round-robin", "random", "least-loaded", "prefix-affinity", "block-cost"]
 """How requests are placed; the first is Baton's own, the others are there to compare with."""
 
 
@@ -122,7 +123,7 @@ class UpstreamSettings(BaseModel):
     api_key_file: Path | None = Field(None, description="File that holds the key to send; read at start")
     use: Literal["overflow", "fallback", "always"] = Field(
         "overflow",
-        description="overflow: when the queue is full or no worker is ready; fallback: only when no worker is ready",
+        description="overflow: when the queue is full or no worker is ready; fallback: when no worker is ready; always",
     )
     timeout_s: float = Field(600, gt=0, description="Longest that one request may take there")
 
@@ -136,7 +137,12 @@ class ModelSettings(BaseModel):
     model: str = Field(description="Hugging Face directory or hub id, for tokenizer and chat template")
     aliases: tuple[str, ...] = Field((), description="Other names for it")
     context_length_max: int = Field(0, ge=0, description="Longest prompt plus completion; 0: the model's own limit")
-    upstream: UpstreamSettings | None = None
+    upstream: UpstreamSettings | None = Field(None, description="Endpoint that takes what this cluster cannot")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that clients may call it."""
+        return (self.name, *self.aliases)
 
 
 class RouterSettings(ServiceSettings):
@@ -152,11 +158,25 @@ class RouterSettings(ServiceSettings):
     index_blocks_max: int = Field(4_000_000, ge=1, description="KV blocks that the prefix index knows at most")
     decisions_max: int = Field(10_000, ge=0, description="Placement decisions kept for `baton explain`")
     failover_max: int = Field(3, ge=0, description="How often one sequence is placed anew after a worker failed it")
+    failover_wait_s: float = Field(
+        30, ge=0, description="Longest that a sequence whose worker failed waits for another that can take it"
+    )
     tenants_file: Path | None = Field(None, description="YAML file with tenants, API keys and limits; unset: open")
     queue_max: int = Field(1024, ge=0, description="Requests that may wait at the router for their turn")
     worker_queue_s: float = Field(
         1.0, gt=0, description="Requests wait at the router while every worker's predicted queue is longer"
     )
+
+    @property
+    def served_models(self) -> tuple[ModelSettings, ...]:
+        return self.models or (ModelSettings.model_validate({"name": self.model_name, "model": self.model}),)
+
+    @model_validator(mode="after")
+    def model_names_are_unique(self) -> Self:
+        names = Counter(name for model in self.served_models for name in model.names)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"models: the name {twice[0]!r} is given twice; names and aliases must differ")
+        return self
 
 
 class UpSettings(RouterSettings, PrefillWorkerSettings, DecodeWorkerSettings):

@@ -8,8 +8,10 @@ import asyncio
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from importlib import metadata
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -20,6 +22,10 @@ from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings, RouterSe
 from launcher.checks import check_model, check_redis
 from launcher.flags import takes_settings
 from launcher.plan import BY_HAND_ONLY
+from launcher.router_api import DEFAULT_URL
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +35,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead")]
+Url = Annotated[str, typer.Option(help="Where the router's HTTP port is")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="BATON_API_KEY", help="Needed where the router knows tenants; others on this machine may see flags"
+    ),
+]
+TABLE_COLUMNS_MIN = 100
+"""Where the width of what is written to is not known."""
 
 
 @app.command()
@@ -51,7 +66,7 @@ def up(settings: UpSettings) -> None:
 @takes_settings(RouterSettings)
 def router(settings: RouterSettings) -> None:
     """Run a router: the HTTP and gRPC front door."""
-    prepare("router", settings)
+    prepare("router", settings, {served.model for served in settings.served_models})
     from launcher.process import run_until_stopped
     from launcher.router_service import RouterService
 
@@ -62,7 +77,7 @@ def router(settings: RouterSettings) -> None:
 @takes_settings(PrefillWorkerSettings)
 def prefill_worker(settings: PrefillWorkerSettings) -> None:
     """Run one prefill worker."""
-    prepare("prefill-worker", settings)
+    prepare("prefill-worker", settings, [settings.model])
     from launcher.process import run_until_stopped
     from prefill_worker.worker import PrefillWorker
 
@@ -73,7 +88,7 @@ def prefill_worker(settings: PrefillWorkerSettings) -> None:
 @takes_settings(DecodeWorkerSettings)
 def decode_worker(settings: DecodeWorkerSettings) -> None:
     """Run one decode worker."""
-    prepare("decode-worker", settings)
+    prepare("decode-worker", settings, [settings.model])
     from decode_worker.worker import DecodeWorker
     from launcher.process import run_until_stopped
 
@@ -81,20 +96,32 @@ def decode_worker(settings: DecodeWorkerSettings) -> None:
 
 
 @app.command()
-def status(
-    url: Annotated[str, typer.Option(help="Where the router's HTTP port is")] = "http://127.0.0.1:8000",
-    as_json: AsJson = False,
-) -> None:
-    """Show the workers: role, model, state, sequences and KV blocks."""
-    from rich.console import Console
-
+def status(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Show the workers: role, model, pool, state, sequences and KV blocks."""
     from launcher.status import fetch_workers, render
 
-    workers = fetch_workers(url)
+    workers = fetch_workers(url, api_key)
     if as_json:
         typer.echo(json.dumps({"workers": workers}, indent=2))
     else:
-        Console().print(render(workers))
+        show(render(workers))
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="As in the answer's header x-baton-request-id")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show why a request was placed where it was, what else there was, and what became of it."""
+    from launcher.explain import fetch_decision, render
+
+    decision = fetch_decision(url, request_id, api_key)
+    if as_json:
+        typer.echo(json.dumps(decision, indent=2))
+    else:
+        show(render(decision))
 
 
 @app.command()
@@ -108,15 +135,76 @@ def demo(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="Mooncake format: a JSON object a line")],
+    profile: Annotated[str, typer.Option(help="What the workers are: a YAML file, or h100-8b or h100-70b")],
+    prefill: Annotated[int, typer.Option(help="Prefill workers")] = 1,
+    decode: Annotated[int, typer.Option(help="Decode workers")] = 1,
+    rate: Annotated[float, typer.Option(help="How many times as fast as in the trace requests come")] = 1.0,
+    policy: Annotated[str, typer.Option(help="Placement policies, with commas in between")] = "least-added-latency",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same result")] = 0,
+    requests: Annotated[int | None, typer.Option(min=1, help="Replay the trace's first ones only")] = None,
+    unique: Annotated[bool, typer.Option("--unique", help="Make every block unique: nothing is reused")] = False,
+    slow: Annotated[str, typer.Option(help="Slow workers down, like decode-0=3,prefill-1=2")] = "",
+    kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of 512 tokens on each worker")] = None,
+    worker_queue: Annotated[
+        float | None, typer.Option(help="Seconds; requests wait at the router while every worker's queue is longer")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds; requests that no worker would begin with by then are refused")
+    ] = None,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times to first token into this PNG file")] = None,
+) -> None:
+    """Replay a trace through the real router and schedulers, on simulated workers, in virtual time."""
+    from launcher.replay import ReplayOptions, admission_of, parse_policies, parse_slowdown, render, run_replay
+
+    options = ReplayOptions(
+        trace,
+        profile,
+        prefill,
+        decode,
+        rate,
+        parse_policies(policy),
+        seed,
+        requests,
+        unique,
+        parse_slowdown(slow),
+        kv_blocks,
+        admission_of(worker_queue, deadline),
+    )
+    reports, replayed = run_replay(options)
+    if plot is not None:
+        from simulator.plot import plot_reports
+
+        title = f"{trace.name} at rate {rate:g} on {prefill} prefill and {decode} decode workers, {profile}"
+        plot_reports(plot, reports, title)
+    if as_json:
+        figures = [report.as_json() for report in reports]
+        typer.echo(json.dumps(figures[0] if len(figures) == 1 else figures, indent=2))
+    else:
+        show(render(reports, replayed))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(metadata.version("kvbaton"))
 
 
-def prepare(service: str, settings: ServiceSettings) -> None:
-    """Before a service's heavy imports: logging, and whether its model and its Redis are there."""
+def show(what: "RenderableType") -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.width = console.width if console.is_terminal else max(console.width, TABLE_COLUMNS_MIN)
+    console.print(what)
+
+
+def prepare(service: str, settings: ServiceSettings, models: Iterable[str]) -> None:
+    """Before a service's heavy imports: logging, and whether its models and its Redis are there."""
     set_up_logging(service, settings.log_level)
-    check_model(settings.model)
+    for model in models:
+        check_model(model)
     asyncio.run(check_redis(settings.redis_url))
 
 

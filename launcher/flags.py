@@ -7,6 +7,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from baton.settings import Settings, load_settings
@@ -20,11 +21,12 @@ def takes_settings(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Turns `f(settings, ...)` into a command with a flag for each of the settings' fields, and `--config`.
 
-    `aliases` gives fields a second, shorter flag; `hidden` fields have none.
+    `aliases` gives fields a second, shorter flag; `hidden` fields have none, nor have those that hold further fields.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        fields = {name: field for name, field in kind.model_fields.items() if name not in hidden}
+        shown = {name: field for name, field in kind.model_fields.items() if name not in hidden}
+        fields = {name: field for name, field in shown.items() if not is_nested(field)}
 
         def command(config: Path | None, **given: Any) -> Result:
             flags = {name: read(fields[name], given.pop(name)) for name in fields}
@@ -62,6 +64,11 @@ def value_type(field: FieldInfo) -> Any:
     return annotation
 
 
+def is_nested(field: FieldInfo) -> bool:
+    """Whether it is a list of objects, which a flag is too narrow for."""
+    return any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(value_type(field)))
+
+
 def click_type(field: FieldInfo) -> type:
     """What the command line itself checks; all else is the settings' own business."""
     kind = value_type(field)
@@ -72,6 +79,8 @@ def metavar(field: FieldInfo) -> str | None:
     kind = value_type(field)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    if kind is Path:
+        return "FILE"
     return "NAME,NAME" if get_origin(kind) is tuple else None
 
 

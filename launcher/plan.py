@@ -21,6 +21,8 @@ def check_settings(settings: UpSettings) -> None:
     """Raises SettingsError or ClusterError, within seconds, for what cannot work."""
     for name in sorted(BY_HAND_ONLY & settings.model_fields_set):
         raise SettingsError(f"{name} cannot be set for `baton up`, whose workers each need their own.")
+    if settings.model_name not in {model.name for model in settings.served_models}:
+        raise SettingsError(f"models must name {settings.model_name!r} too, which the workers of `baton up` serve.")
     if settings.ray_address is not None:
         if not is_local(settings.ray_address) and settings.redis_url is None:
             raise SettingsError("Workers on several machines need a Redis that all can reach: name it with --redis.")

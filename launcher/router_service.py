@@ -36,8 +36,9 @@ class RouterService:
         watch = MembershipWatch(redis, self._settings.key_prefix)
         self._exits.push_async_callback(watch.close)
         await watch.start()
-        directory = await asyncio.to_thread(find_model, self._settings.model)
-        self._router = Router(self._settings, watch, directory)
+        models = {model.model for model in self._settings.served_models}
+        directories = {model: await asyncio.to_thread(find_model, model) for model in sorted(models)}
+        self._router = Router(self._settings, watch, directories, redis=redis)
         self._exits.push_async_callback(self._router.stop)
         await self._router.start()
 

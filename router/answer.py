@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from baton.rpc import common_pb2
-from router.frontend import Frontend
+from router.catalog import ServedModel
+from router.frontend import Order
 from router.generation import Generation, Usage
 from router.openai_requests import GenerationRequest
 from router.openai_responses import UsageInfo
@@ -26,10 +27,12 @@ class Answer(ABC, Generic[Request]):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, request: Request, generation: Generation, frontend: Frontend) -> None:
-        self.request, self.generation, self.frontend = request, generation, frontend
+    def __init__(self, request: Request, generation: Generation, served: ServedModel, created_s: int) -> None:
+        """`created_s`: seconds since 1970."""
+        self.request, self.generation, self.served = request, generation, served
         self._id = f"{self.id_prefix}-{generation.request_id}"
-        self._created = int(frontend.wall_clock())
+        self._created_s = created_s
+        self._model = request.model or served.name
         self._timeline: Json | None = None
 
     @abstractmethod
@@ -82,8 +85,14 @@ class Answer(ABC, Generic[Request]):
         return chunk
 
     def _envelope(self, kind: str, choices: list[Json]) -> dict[str, Any]:
-        model = self.frontend.generator.model
-        return {"id": self._id, "object": kind, "created": self._created, "model": model, "choices": choices}
+        """Under the name that the client used, alias or not."""
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created_s,
+            "model": self._model,
+            "choices": choices,
+        }
 
     def _note(self, index: int, delta: Delta) -> None:
         if index == 0 and delta.timeline is not None:
@@ -94,12 +103,14 @@ class Answer(ABC, Generic[Request]):
 class Dialect(Generic[Request]):
     """One endpoint: what it is asked, what that means, and how the answer is written."""
 
+    endpoint: str
+    """After /v1."""
     request: type[Request]
     count: Callable[[Request], int]
     """How many sequences a request holds. Raises InvalidRequest if too many."""
-    sequences: Callable[[Request, Frontend], Awaitable[list[SequenceRequest]]]
+    sequences: Callable[[Request, Order], Awaitable[list[SequenceRequest]]]
     """Raises InvalidRequest, or Unavailable while no decode worker is ready."""
-    answer: Callable[[Request, Generation, Frontend], Answer[Request]]
+    answer: Callable[[Request, Generation, ServedModel, int], Answer[Request]]
 
 
 async def collect(generation: Generation) -> dict[int, list[Delta]]:

@@ -5,7 +5,7 @@ from typing import Any
 from baton.errors import InvalidRequest
 from baton.sampling import PositionLogprobs, TokenLogprob
 from router.answer import Answer, Dialect, Json, finite
-from router.frontend import Frontend
+from router.frontend import Order
 from router.openai_requests import ChatCompletionRequest, ChatMessage
 from router.openai_responses import ChatChoice, ChatLogprobs, ChatText, TokenLogprobs, TopLogprob
 from router.sequence import Delta, SequenceRequest
@@ -52,7 +52,7 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
         return {**self._entry(position[0]), "top_logprobs": likeliest}
 
     def _entry(self, token: TokenLogprob) -> TopLogprob:
-        tokenizer = self.frontend.generator.tokenizer
+        tokenizer = self.served.tokenizer
         return {
             "token": tokenizer.decode([token.token_id]),
             "logprob": finite(token.logprob),
@@ -69,26 +69,25 @@ def _choice(index: int, delta: Delta | None = None) -> ChatChoice:
     }
 
 
-async def _sequences(request: ChatCompletionRequest, frontend: Frontend) -> list[SequenceRequest]:
-    max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+async def _sequences(request: ChatCompletionRequest, order: Order) -> list[SequenceRequest]:
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     template = SequenceRequest(
         prompt=(),
-        sampling=request.sampling(max_tokens=max_tokens, logprobs=logprobs),
+        sampling=request.sampling(max_tokens=request.tokens_asked, logprobs=logprobs),
         stop=request.stop_strings,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         continues_prompt=bool(request.continue_final_message),
         cache_salt=request.cache_salt or "",
     )
-    prompt = await frontend.prompts.encode_chat(
+    prompt = await order.served.prompts.encode_chat(
         [_message(index, message) for index, message in enumerate(request.messages)],
         add_generation_prompt=request.generates_new_message,
         continue_final_message=bool(request.continue_final_message),
         add_special_tokens=bool(request.add_special_tokens),
         template_arguments=request.chat_template_kwargs or {},
     )
-    return frontend.sequences([prompt], template, request.choices)
+    return order.sequences([prompt], template, request.choices)
 
 
 def _message(index: int, message: ChatMessage) -> dict[str, Any]:
@@ -103,4 +102,4 @@ def _message(index: int, message: ChatMessage) -> dict[str, Any]:
     return {**(message.model_extra or {}), "role": message.role, "content": content or ""}
 
 
-CHAT = Dialect(ChatCompletionRequest, lambda request: request.choices, _sequences, ChatAnswer)
+CHAT = Dialect("/chat/completions", ChatCompletionRequest, lambda request: request.choices, _sequences, ChatAnswer)

@@ -6,7 +6,8 @@ from typing import cast
 from baton.errors import InvalidRequest
 from baton.sampling import PositionLogprobs
 from router.answer import Answer, Dialect, finite
-from router.frontend import Frontend
+from router.catalog import ServedModel
+from router.frontend import Order
 from router.generation import Generation
 from router.openai_requests import PROMPTS_MAX, CompletionRequest
 from router.openai_responses import CompletionChoice, CompletionLogprobs
@@ -20,8 +21,8 @@ class CompletionAnswer(Answer[CompletionRequest]):
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, request: CompletionRequest, generation: Generation, frontend: Frontend) -> None:
-        super().__init__(request, generation, frontend)
+    def __init__(self, request: CompletionRequest, generation: Generation, served: ServedModel, created_s: int) -> None:
+        super().__init__(request, generation, served, created_s)
         self._begun: set[int] = set()
         self._offsets: Counter[int] = Counter()
         """Where each choice's next token starts in its text."""
@@ -52,7 +53,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         if not self.request.echo:
             return ""
         prompt = _prompts(self.request)[index // self.request.choices]
-        return prompt if isinstance(prompt, str) else self.frontend.prompts.decode(prompt)
+        return prompt if isinstance(prompt, str) else self.served.prompts.decode(prompt)
 
     def _logprobs(self, index: int, delta: Delta, prompt: tuple[int, ...]) -> CompletionLogprobs | None:
         if self.request.logprobs is None:
@@ -62,7 +63,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
             tokens, positions = prompt + tokens, delta.prompt_logprobs + positions
         logprobs = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for token, position in zip(tokens, positions, strict=True):
-            text = self.frontend.prompts.decode([token])
+            text = self.served.prompts.decode([token])
             logprobs["tokens"].append(text)
             logprobs["text_offset"].append(self._offsets[index])
             logprobs["token_logprobs"].append(finite(position[0].logprob) if position else None)
@@ -72,13 +73,13 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def _is_written(self, token: int) -> bool:
         """Whether the token is part of the choice's text; the special ones that the tokenizer adds are not."""
-        return self.request.skip_special_tokens is False or not self.frontend.generator.tokenizer.is_special(token)
+        return self.request.skip_special_tokens is False or not self.served.tokenizer.is_special(token)
 
     def _alternatives(self, position: PositionLogprobs) -> dict[str, float] | None:
         """The chosen token and the likeliest; None for a prompt's first token, which nothing predicts."""
         alternatives: dict[str, float] = {}
         for alternative in position:
-            text = self.frontend.prompts.decode([alternative.token_id])
+            text = self.served.prompts.decode([alternative.token_id])
             alternatives.setdefault(text, finite(alternative.logprob))
         return alternatives or None
 
@@ -87,7 +88,7 @@ def _count(request: CompletionRequest) -> int:
     return len(_prompts(request)) * request.choices
 
 
-async def _sequences(request: CompletionRequest, frontend: Frontend) -> list[SequenceRequest]:
+async def _sequences(request: CompletionRequest, order: Order) -> list[SequenceRequest]:
     wants_output = request.max_tokens != 0
     template = SequenceRequest(
         prompt=(),
@@ -102,8 +103,8 @@ async def _sequences(request: CompletionRequest, frontend: Frontend) -> list[Seq
         cache_salt=request.cache_salt or "",
         wants_output=wants_output,
     )
-    prompts = [await _tokens(prompt, request, frontend) for prompt in _prompts(request)]
-    return frontend.sequences(prompts, template, request.choices, MAX_TOKENS_DEFAULT)
+    prompts = [await _tokens(prompt, request, order) for prompt in _prompts(request)]
+    return order.sequences(prompts, template, request.choices, MAX_TOKENS_DEFAULT)
 
 
 def _prompts(request: CompletionRequest) -> list[str] | list[list[int]]:
@@ -117,10 +118,10 @@ def _prompts(request: CompletionRequest) -> list[str] | list[list[int]]:
     return prompt
 
 
-async def _tokens(prompt: str | list[int], request: CompletionRequest, frontend: Frontend) -> tuple[int, ...]:
+async def _tokens(prompt: str | list[int], request: CompletionRequest, order: Order) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        return await frontend.prompts.encode(prompt, add_special_tokens=request.add_special_tokens is not False)
+        return await order.served.prompts.encode(prompt, add_special_tokens=request.add_special_tokens is not False)
     return tuple(prompt)
 
 
-COMPLETIONS = Dialect(CompletionRequest, _count, _sequences, CompletionAnswer)
+COMPLETIONS = Dialect("/completions", CompletionRequest, _count, _sequences, CompletionAnswer)

@@ -1,7 +1,8 @@
 """baton.v1.Inference: the gRPC door."""
 
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -12,9 +13,12 @@ from baton.ids import RequestId, new_request_id
 from baton.rpc import common_pb2, inference_pb2
 from baton.rpc.convert import logprobs_to_proto, sampling_from_proto
 from baton.rpc.status_codes import status_code
-from router.frontend import Frontend
+from router.catalog import ServedModel
+from router.frontend import FORGOTTEN, Caller, Frontend, Order
 from router.generation import Generation
-from router.http_door import SANE_ID
+from router.http_errors import retry_after_s
+from router.request_class import RequestClass
+from router.request_id import SANE_ID
 from router.sequence import Delta, SequenceRequest
 from router.stop_strings import check_stops
 
@@ -25,7 +29,14 @@ _FINISH_REASONS = {
     "stop": common_pb2.FINISH_REASON_STOP,
     "length": common_pb2.FINISH_REASON_LENGTH,
 }
-Context = grpc.aio.ServicerContext[bytes, inference_pb2.GenerateResponse]
+_CLASSES: Mapping[int, RequestClass | None] = {
+    inference_pb2.REQUEST_CLASS_UNSPECIFIED: None,
+    inference_pb2.REQUEST_CLASS_INTERACTIVE: "interactive",
+    inference_pb2.REQUEST_CLASS_STANDARD: "standard",
+    inference_pb2.REQUEST_CLASS_BATCH: "batch",
+}
+Context = grpc.aio.ServicerContext[bytes, Any]
+Message = TypeVar("Message", inference_pb2.GenerateRequest, inference_pb2.GetDecisionRequest)
 
 
 class InferenceService:
@@ -42,62 +53,113 @@ class InferenceService:
             "ListModels": grpc.unary_unary_rpc_method_handler(
                 self.list_models, response_serializer=inference_pb2.ListModelsResponse.SerializeToString
             ),
+            "GetDecision": grpc.unary_unary_rpc_method_handler(
+                self.get_decision, response_serializer=inference_pb2.Decision.SerializeToString
+            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     async def generate(self, raw: bytes, context: Context) -> None:
         """The caller's deadline or cancellation cancels this, and with it the request on its worker."""
-        code = "CANCELLED"
+        code, model = "CANCELLED", ""
         try:
-            await self._generate(_parse(raw), context)
+            caller = self._caller(context)
+            request = _parse(raw, inference_pb2.GenerateRequest)
+            order = Order.of(self._frontend, caller, request.model, _request_class(request))
+            model = order.served.name
+            await self._generate(request, order, context)
             code = "OK"
         except BatonError as error:
             code = status_code(error).name
-            await context.abort(status_code(error), str(error))
+            await _abort(context, error)
         finally:
-            self._frontend.metrics.answered("grpc", "Generate", code)
+            self._frontend.metrics.answered(model, "grpc", "Generate", code)
 
     async def list_models(self, raw: bytes, context: Context) -> inference_pb2.ListModelsResponse:
-        del raw, context
-        generator = self._frontend.generator
+        """Those that the caller may use."""
+        del raw
         try:
-            context_length = generator.facts().context_length
-        except Unavailable:
-            context_length = 0
-        model = inference_pb2.Model(name=generator.model, context_length=context_length, ready=generator.pool.is_ready)
-        return inference_pb2.ListModelsResponse(models=[model])
+            models = self._frontend.catalog.open_to(self._caller(context).tenant)
+        except BatonError as error:
+            await _abort(context, error)
+        return inference_pb2.ListModelsResponse(models=map(_model, models))
 
-    async def _generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        arrived_s = self._frontend.clock()
-        generator = self._frontend.generator
-        with ExitStack() as held:
-            held.enter_context(self._frontend.admission.admit())
+    async def get_decision(self, raw: bytes, context: Context) -> inference_pb2.Decision:
+        try:
+            request = _parse(raw, inference_pb2.GetDecisionRequest)
+            found = await self._frontend.find_decision(
+                RequestId(request.request_id), _authorization(context), this_router_only=request.this_router_only
+            )
+        except BatonError as error:
+            await _abort(context, error)
+        if found is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, FORGOTTEN)
+        return found
+
+    def _caller(self, context: Context) -> Caller:
+        """Raises Unauthorized."""
+        arrived_s, remaining_s = self._frontend.clock(), context.time_remaining()
+        deadline_s = None if remaining_s is None else arrived_s + remaining_s
+        return Caller(self._frontend.tenants.authenticate(_authorization(context)), arrived_s, deadline_s)
+
+    async def _generate(self, request: inference_pb2.GenerateRequest, order: Order, context: Context) -> None:
+        if order.served.upstream is not None and order.served.upstream.use == "always":
+            raise Unavailable(
+                "This model is served by its upstream alone, which takes requests by HTTP; send it there."
+            )
+        async with AsyncExitStack() as held:
+            held.enter_context(self._frontend.admission.enter())
             request_id = _request_id(request)
-            if request.model:
-                generator.check_model(request.model)
-            template = _template(request)
-            prompt = await self._prompt(request)
-            generation = generator.start(request_id, self._frontend.sequences([prompt], template), arrived_s)
-            held.callback(generation.close)
+            sequences = order.sequences([await _prompt(request, order.served)], _template(request))
+            generation = await order.start(request_id, sequences, held)
             while (item := await generation.next()) is not None:
                 await context.write(_response(generation, item[1]))
 
-    async def _prompt(self, request: inference_pb2.GenerateRequest) -> tuple[int, ...]:
-        match request.WhichOneof("prompt"):
-            case "text":
-                return await self._frontend.prompts.encode(request.text)
-            case "token_ids":
-                return tuple(request.token_ids.ids)
-        raise InvalidRequest("Either text or token_ids must be given as the prompt.", "prompt")
+
+async def _abort(context: Context, error: BatonError) -> NoReturn:
+    seconds = retry_after_s(error)
+    metadata = () if seconds is None else (("retry-after", str(seconds)),)
+    await context.abort(status_code(error), str(error), metadata)
 
 
-def _parse(raw: bytes) -> inference_pb2.GenerateRequest:
+def _authorization(context: Context) -> str | None:
+    found = (value for key, value in context.invocation_metadata() or () if key == "authorization")
+    value = next(found, None)
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
+def _model(served: ServedModel) -> inference_pb2.Model:
     try:
-        return inference_pb2.GenerateRequest.FromString(raw)
+        context_length, is_ready = served.facts().context_length, True
+    except Unavailable:
+        context_length, is_ready = 0, False
+    return inference_pb2.Model(name=served.name, context_length=context_length, ready=is_ready, aliases=served.aliases)
+
+
+async def _prompt(request: inference_pb2.GenerateRequest, served: ServedModel) -> tuple[int, ...]:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return await served.prompts.encode(request.text)
+        case "token_ids":
+            return tuple(request.token_ids.ids)
+    raise InvalidRequest("Either text or token_ids must be given as the prompt.", "prompt")
+
+
+def _parse(raw: bytes, kind: type[Message]) -> Message:
+    try:
+        return kind.FromString(raw)
     except DecodeError:
+        name = kind.DESCRIPTOR.full_name
         raise InvalidRequest(
-            "The message is not a baton.v1.GenerateRequest: it cannot be parsed, or a string in it is not UTF-8."
+            f"The message is no {name}: it cannot be parsed, or a string in it is not UTF-8."
         ) from None
+
+
+def _request_class(request: inference_pb2.GenerateRequest) -> RequestClass | None:
+    """None: the tenant's own."""
+    if request.request_class not in _CLASSES:
+        raise InvalidRequest("request_class must be one of those that inference.proto names.", "request_class")
+    return _CLASSES[request.request_class]
 
 
 def _request_id(request: inference_pb2.GenerateRequest) -> RequestId:

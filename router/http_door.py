@@ -1,28 +1,22 @@
 """What every HTTP request passes: it gets an id, is counted, and no failure of ours escapes unshaped."""
 
 import logging
-import re
 from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from baton.ids import RequestId, new_request_id
 from router.metrics import RouterMetrics
+from router.request_id import request_id_from
 
 log = logging.getLogger(__name__)
 
-SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CLIENT_LEFT = 499
 """nginx's status for a client that did not wait; it goes to the metrics alone."""
 
 
-def request_id_from(given: str) -> RequestId:
-    """The client's own id if it is fit for logs and headers, else a new one."""
-    return RequestId(given) if SANE_ID.fullmatch(given) else new_request_id()
-
-
 class Door:
-    """ASGI middleware, outermost. The id is `scope["state"]["request_id"]`, and goes back in a header.
+    """ASGI middleware, outermost. The id is `scope["state"]["request_id"]`, and goes back in a header; who serves the
+    request sets `scope["state"]["model"]` to the name of the model that it concerns, if any.
 
     `endpoints` are the paths that have a metric of their own.
     """
@@ -57,7 +51,8 @@ class Door:
                 raise _silent(error) from None  # the server closes the connection
         finally:
             endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
-            self._metrics.answered("http", endpoint, str(status or CLIENT_LEFT))
+            model = scope["state"].get("model", "")
+            self._metrics.answered(model, "http", endpoint, str(status or CLIENT_LEFT))
 
 
 def _silent(error: Exception) -> BaseException:

@@ -9,12 +9,15 @@ from starlette.responses import Response
 
 from baton import errors
 from router.openai_responses import ErrorResponse
+from router.upstream import UpstreamFailed
 
 
 class BodyTooLarge(errors.InvalidRequest):
     pass
 
 
+UNAVAILABLE_RETRY_S = 1.0
+"""When to ask again where nobody can tell: a heartbeat brings news."""
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -29,7 +32,10 @@ _KINDS: dict[type[errors.BatonError], Kind] = {
     errors.ModelNotFound: Kind(404, "invalid_request_error", "model_not_found"),
     BodyTooLarge: Kind(413, "invalid_request_error", "body_too_large"),
     errors.InvalidRequest: Kind(400, "invalid_request_error"),
+    errors.Unauthorized: Kind(401, "invalid_request_error", "invalid_api_key"),
+    errors.RateLimited: Kind(429, "rate_limit_error", "rate_limit_exceeded"),
     errors.Overloaded: Kind(429, "rate_limit_error", "overloaded"),
+    UpstreamFailed: Kind(502, "service_unavailable_error", "upstream_failed"),
     errors.Unavailable: Kind(503, "service_unavailable_error", "unavailable"),
     errors.ClusterError: Kind(503, "service_unavailable_error", "unavailable"),
     errors.DeadlineExceeded: Kind(504, "timeout_error", "deadline_exceeded"),
@@ -49,8 +55,19 @@ def error_body(error: errors.BatonError) -> ErrorResponse:
 
 
 def error_response(error: errors.BatonError) -> Response:
-    headers = {"retry-after": str(ceil(error.retry_after_s))} if isinstance(error, errors.Overloaded) else {}
+    headers = {}
+    if (seconds := retry_after_s(error)) is not None:
+        headers["retry-after"] = str(seconds)
+    if isinstance(error, errors.Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     return json_response(error_body(error), kind_of(error).status, headers)
+
+
+def retry_after_s(error: errors.BatonError) -> int | None:
+    """Whole seconds, at least one, until the same request may be served; None where time alone changes nothing."""
+    if isinstance(error, errors.Overloaded):
+        return max(1, ceil(error.retry_after_s))
+    return ceil(UNAVAILABLE_RETRY_S) if isinstance(error, (errors.Unavailable, errors.ClusterError)) else None
 
 
 def plain_error(

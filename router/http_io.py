@@ -1,7 +1,7 @@
 """Reading a request's body within bounds, noticing that its client left, and writing events to it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,6 +16,7 @@ STALL_S = 60.0
 """How much longer than the request itself a client may take to read its stream."""
 T = TypeVar("T")
 SendEvent = Callable[[object], Awaitable[None]]
+"""Takes text, or what becomes JSON; bytes are lines of events already."""
 
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
@@ -63,11 +64,14 @@ class EventStream(Response):
     """Server-sent events. `write` sends them; `close` is called when it has, or the client has left."""
 
     def __init__(
-        self, write: Callable[[SendEvent], Awaitable[None]], close: Callable[[], None], timeout_s: float
+        self,
+        write: Callable[[SendEvent], Awaitable[None]],
+        close: Callable[[], Awaitable[None]],
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(
-            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
-        )
+        own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(media_type="text/event-stream", headers={**own, **(headers or {})})
         del self.headers["content-length"]
         self._write, self._close, self._timeout_s = write, close, timeout_s + STALL_S
 
@@ -81,12 +85,17 @@ class EventStream(Response):
         except (ClientDisconnect, TimeoutError):
             pass  # nobody reads any more
         finally:
-            self._close()
+            await self._close()
+
+
+def _event(body: object) -> bytes:
+    if isinstance(body, bytes):
+        return body
+    return f"data: {body if isinstance(body, str) else json_text(body)}\n\n".encode()
 
 
 def _event_sender(send: Send) -> SendEvent:
     async def send_event(body: object) -> None:
-        text = body if isinstance(body, str) else json_text(body)
-        await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": _event(body), "more_body": True})
 
     return send_event

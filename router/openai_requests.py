@@ -3,12 +3,14 @@
 Unknown fields are ignored, as OpenAI ignores them; a known one of the wrong type, NaN and infinity are not.
 """
 
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.errors import InvalidRequest
 from baton.sampling import LOGPROBS_MAX, SamplingParams
+from router.request_class import RequestClass
 from router.stop_strings import check_stops
 
 CHOICES_MAX = 128
@@ -40,6 +42,16 @@ _SAMPLED_AS_GIVEN = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "ignore_eos"),
 )
+
+
+_CLASSES: Mapping[str, RequestClass | None] = {
+    "auto": None,
+    "default": "standard",
+    "flex": "batch",
+    "scale": "standard",
+    "priority": "interactive",
+}
+"""What OpenAI's service tiers stand for here."""
 
 
 class OpenAIModel(BaseModel):
@@ -74,6 +86,7 @@ class GenerationRequest(OpenAIModel):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
@@ -90,8 +103,18 @@ class GenerationRequest(OpenAIModel):
     timeline: bool | None = Field(None, description="Tell where the request's time went")
 
     @property
+    def request_class(self) -> RequestClass | None:
+        """None: the tenant's own."""
+        return None if self.service_tier is None else _CLASSES[self.service_tier]
+
+    @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def tokens_asked(self) -> int | None:
+        """For one choice at most; None: the request does not say."""
+        return self.max_tokens
 
     @property
     def includes_usage(self) -> bool:
@@ -174,6 +197,10 @@ class ChatCompletionRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+    @property
+    def tokens_asked(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def generates_new_message(self) -> bool:

@@ -108,6 +108,7 @@ class ModelCard(TypedDict):
     created: int
     owned_by: str
     max_model_len: int | None
+    aliases: list[str]
 
 
 class ModelList(TypedDict):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 import grpc
 
@@ -14,10 +15,18 @@ from baton.service import CHANNEL_OPTIONS
 
 _ERRORS: dict[grpc.StatusCode, type[errors.BatonError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthorized,
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+}
+
+RequestClass = Literal["interactive", "standard", "batch"]
+_CLASSES: dict[RequestClass, inference_pb2.RequestClass] = {
+    "interactive": inference_pb2.REQUEST_CLASS_INTERACTIVE,
+    "standard": inference_pb2.REQUEST_CLASS_STANDARD,
+    "batch": inference_pb2.REQUEST_CLASS_BATCH,
 }
 
 
@@ -37,12 +46,14 @@ class Part:
 class Client:
     """Thread-safe; use it as a context manager, or `close` it.
 
-    Calls raise the tree of baton.errors: InvalidRequest, ModelNotFound, Overloaded, Unavailable,
+    Calls raise the tree of baton.errors: InvalidRequest, Unauthorized, ModelNotFound, Overloaded, Unavailable,
     DeadlineExceeded.
     """
 
-    def __init__(self, address: str) -> None:
-        """`address` is HOST:PORT of a router's gRPC port. Nothing is sent before the first call."""
+    def __init__(self, address: str, api_key: str | None = None) -> None:
+        """`address` is HOST:PORT of a router's gRPC port; the key is needed where the router knows tenants. Nothing is
+        sent before the first call."""
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
@@ -55,9 +66,11 @@ class Client:
         stop: Sequence[str] = (),
         cache_salt: str = "",
         request_id: str = "",
+        request_class: RequestClass | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[Part]:
-        """Streams the continuation of a prompt given as text or token ids.
+        """Streams the continuation of a prompt given as text or token ids. A more urgent class passes others where
+        requests wait; None: the tenant's own.
 
         Closing the iterator (leaving its `for` loop) cancels the request and frees its blocks.
         """
@@ -68,20 +81,22 @@ class Client:
             request.token_ids.ids.extend(prompt)
         if sampling is not None:
             request.sampling.CopyFrom(sampling_to_proto(sampling))
-        call = self._stub.Generate(request, timeout=timeout_s)
+        if request_class is not None:
+            request.request_class = _CLASSES[request_class]
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             for response in call:
                 yield _part(response)
         except grpc.RpcError as error:
-            raise _ERRORS.get(error.code(), errors.BatonError)(error.details()) from None
+            raise _failure(error) from None
         finally:
             call.cancel()
 
     def models(self) -> list[inference_pb2.Model]:
         try:
-            return list(self._stub.ListModels(inference_pb2.ListModelsRequest()).models)
+            return list(self._stub.ListModels(inference_pb2.ListModelsRequest(), metadata=self._metadata).models)
         except grpc.RpcError as error:
-            raise _ERRORS.get(error.code(), errors.BatonError)(error.details()) from None
+            raise _failure(error) from None
 
     def close(self) -> None:
         self._channel.close()
@@ -93,6 +108,14 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _failure(error: grpc.RpcError) -> errors.BatonError:
+    failure = _ERRORS.get(error.code(), errors.BatonError)(error.details())
+    told = next((str(one.value) for one in error.trailing_metadata() or () if one.key == "retry-after"), "")
+    if isinstance(failure, errors.Overloaded) and told.isdecimal():
+        failure.retry_after_s = float(told)
+    return failure
 
 
 def _part(response: inference_pb2.GenerateResponse) -> Part:

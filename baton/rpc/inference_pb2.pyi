@@ -81,14 +81,16 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "context_length", "ready")
+    __slots__ = ("name", "context_length", "ready", "aliases")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
     name: str
     context_length: int
     ready: bool
-    def __init__(self, name: _Optional[str] = ..., context_length: _Optional[int] = ..., ready: _Optional[bool] = ...) -> None: ...
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., context_length: _Optional[int] = ..., ready: _Optional[bool] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetDecisionRequest(_message.Message):
     __slots__ = ("request_id", "this_router_only")
@@ -99,12 +101,14 @@ class GetDecisionRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., this_router_only: _Optional[bool] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("request_id", "placements")
+    __slots__ = ("request_id", "placements", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     placements: _containers.RepeatedCompositeFieldContainer[PlacementDecision]
-    def __init__(self, request_id: _Optional[str] = ..., placements: _Optional[_Iterable[_Union[PlacementDecision, _Mapping]]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., placements: _Optional[_Iterable[_Union[PlacementDecision, _Mapping]]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class PlacementDecision(_message.Message):
     __slots__ = ("choice", "attempt", "policy", "decided_at", "decided_in_s", "router", "prompt_tokens", "candidates_considered", "candidates", "margin_s", "excluded", "actual")
@@ -135,7 +139,7 @@ class PlacementDecision(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., attempt: _Optional[int] = ..., policy: _Optional[str] = ..., decided_at: _Optional[float] = ..., decided_in_s: _Optional[float] = ..., router: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., candidates_considered: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., margin_s: _Optional[float] = ..., excluded: _Optional[_Iterable[_Union[Excluded, _Mapping]]] = ..., actual: _Optional[_Union[Actual, _Mapping]] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("decode_worker", "prefill_worker", "pool", "queue_s", "restore_s", "prefill_s", "transfer_s", "admission_s", "others_decode_s", "others_queue_s", "others_evicted_s", "total_s", "ttft_s", "itl_s", "cached_tokens_hbm", "cached_tokens_ddr", "cached_tokens_ssd", "decode_cached_tokens")
+    __slots__ = ("decode_worker", "prefill_worker", "pool", "queue_s", "restore_s", "prefill_s", "transfer_s", "admission_s", "others_decode_s", "others_queue_s", "others_evicted_s", "total_s", "ttft_s", "itl_s", "cached_tokens_hbm", "cached_tokens_ddr", "cached_tokens_ssd", "decode_cached_tokens", "decode_s")
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +158,7 @@ class Candidate(_message.Message):
     CACHED_TOKENS_DDR_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_SSD_FIELD_NUMBER: _ClassVar[int]
     DECODE_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
     decode_worker: str
     prefill_worker: str
     pool: str
@@ -172,7 +177,8 @@ class Candidate(_message.Message):
     cached_tokens_ddr: int
     cached_tokens_ssd: int
     decode_cached_tokens: int
-    def __init__(self, decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., pool: _Optional[str] = ..., queue_s: _Optional[float] = ..., restore_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., others_decode_s: _Optional[float] = ..., others_queue_s: _Optional[float] = ..., others_evicted_s: _Optional[float] = ..., total_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cached_tokens_hbm: _Optional[int] = ..., cached_tokens_ddr: _Optional[int] = ..., cached_tokens_ssd: _Optional[int] = ..., decode_cached_tokens: _Optional[int] = ...) -> None: ...
+    decode_s: float
+    def __init__(self, decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., pool: _Optional[str] = ..., queue_s: _Optional[float] = ..., restore_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., others_decode_s: _Optional[float] = ..., others_queue_s: _Optional[float] = ..., others_evicted_s: _Optional[float] = ..., total_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cached_tokens_hbm: _Optional[int] = ..., cached_tokens_ddr: _Optional[int] = ..., cached_tokens_ssd: _Optional[int] = ..., decode_cached_tokens: _Optional[int] = ..., decode_s: _Optional[float] = ...) -> None: ...
 
 class Excluded(_message.Message):
     __slots__ = ("worker", "reason")

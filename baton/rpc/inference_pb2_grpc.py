@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Where the router knows tenants, every call needs metadata `authorization: Bearer KEY`.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -53,12 +54,14 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Where the router knows tenants, every call needs metadata `authorization: Bearer KEY`.
+    """
 
     def Generate(self, request, context):
         """Generates a continuation of the prompt; text and tokens arrive as they are made.
-        Errors: INVALID_ARGUMENT, NOT_FOUND (model), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (no
-        worker, or the worker was lost), DEADLINE_EXCEEDED; each with a sentence.
+        Errors: INVALID_ARGUMENT, UNAUTHENTICATED, NOT_FOUND (model), RESOURCE_EXHAUSTED (queue full, or the tenant's
+        limit), UNAVAILABLE (no worker, or the worker was lost), DEADLINE_EXCEEDED; each with a sentence, and trailing
+        metadata `retry-after` in seconds where the same request may be served later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +107,8 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Missing associated documentation comment in .proto file."""
+    """Where the router knows tenants, every call needs metadata `authorization: Bearer KEY`.
+    """
 
     @staticmethod
     def Generate(request,

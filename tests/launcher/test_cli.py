@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("up", "router", "prefill-worker", "decode-worker", "status", "demo", "version"):
+    for command in ("up", "router", "prefill-worker", "decode-worker", "status", "explain", "demo", "version"):
         assert run([command, "--help"]) == 0
 
 
@@ -85,6 +85,8 @@ def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["prefill-worker", "--redis-url", NO_REDIS], 1, "Connection refused"),
         (["decode-worker", "--model", "/nowhere"], 2, "/nowhere"),
         (["router", "--redis-url", NO_REDIS], 1, "Connection refused"),
+        (["explain", "x", "--url", f"http://127.0.0.1:{free_port()}"], 1, "No router"),
+        (["explain"], 2, "request_id"),
         (["status", "--url", f"http://127.0.0.1:{free_port()}"], 1, "No router"),
     ],
 )
@@ -95,6 +97,32 @@ def test_an_error_is_one_sentence(
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith("error: ") and told.err.count("\n") == 1
     assert re.search(says, told.err) and "secret" not in told.err
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        ("nonsense", "models"),
+        ('[{"name": "a"}]', "models.0.model: Field required"),
+        ('[{"name": "a", "model": "x"}, {"name": "b", "model": "x", "aliases": ["a"]}]', "'a' is given twice"),
+        ('[{"name": "a", "model": "/nowhere"}]', "model directory /nowhere"),
+    ],
+)
+def test_models_that_cannot_be_served_are_told(
+    models: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BATON_MODELS", models)
+    assert run(["router", "--redis-url", NO_REDIS]) == 2
+    told = capsys.readouterr().err
+    assert says in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+def test_up_serves_the_model_that_its_workers_have(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BATON_MODELS", '[{"name": "a", "model": "x"}]')
+    assert run(["up", "--http-port", "0"]) == 2
+    assert "models must name 'recall' too" in capsys.readouterr().err
 
 
 def test_a_model_that_no_hub_knows_is_told_within_seconds() -> None:
@@ -117,7 +145,7 @@ def test_a_traceback_comes_only_when_asked_for() -> None:
 
 
 def test_a_bug_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(_: str) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("first\nsecond")
 
     monkeypatch.setattr("launcher.status.fetch_workers", fail)

@@ -50,6 +50,18 @@ def test_hidden_fields_have_no_flag() -> None:
         command(UpSettings, "--worker-id", "x", hidden=frozenset({"worker_id"}))
 
 
+def test_lists_of_objects_have_no_flag_but_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        command(RouterSettings, "--models", "x")
+    monkeypatch.setenv("BATON_MODELS", '[{"name": "a", "model": "/a", "upstream": {"url": "http://h/v1"}}]')
+    (model,) = command(RouterSettings, "--tenants-file", "/etc/tenants.yaml").models
+    assert model.name == "a" and model.upstream is not None and model.upstream.use == "overflow"
+
+
+def test_a_file_arrives_as_a_path() -> None:
+    assert command(RouterSettings, "--tenants-file", "/etc/tenants.yaml").tenants_file == Path("/etc/tenants.yaml")
+
+
 def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

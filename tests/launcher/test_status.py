@@ -1,10 +1,9 @@
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from canned_router import Canned, serving
 from rich.console import Console
 
 from baton.cluster.redis_server import free_port
@@ -15,6 +14,7 @@ WORKER = {
     "worker_id": "decode-0",
     "role": "decode",
     "model": "recall",
+    "pool": "h100",
     "state": "ready",
     "address": "127.0.0.1:1",
     "running_sequences": 3,
@@ -27,35 +27,10 @@ WORKER = {
 }
 
 
-class Canned(ThreadingHTTPServer):
-    """Answers every GET alike."""
-
-    status, body = 200, b""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        assert isinstance(self.server, Canned)
-        self.send_response(self.server.status)
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def router() -> Iterator[Canned]:
-    with Canned(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def text(workers: list[dict[str, Any]]) -> str:
@@ -73,7 +48,7 @@ def test_workers_come_from_the_router(router: Canned) -> None:
 def test_the_table_has_what_an_operator_asks_for() -> None:
     lines = text([WORKER, {**WORKER, "worker_id": "prefill-0", "role": "prefill"}]).splitlines()
     assert lines[1].startswith("prefill-0")
-    assert lines[2].split() == ["decode-0", "decode", "recall", "ready", "127.0.0.1:1", "3", "1", "12/4,096"]
+    assert lines[2].split() == ["decode-0", "decode", "recall", "h100", "ready", "127.0.0.1:1", "3", "1", "12/4,096"]
 
 
 def test_a_worker_that_does_not_answer_is_told_from_one_that_does() -> None:
