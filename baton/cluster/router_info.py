@@ -19,6 +19,14 @@ class PlacedLoad(BaseModel):
     remaining_tokens: int = 0
     """That these sequences are expected to generate still."""
 
+    def __add__(self, other: "PlacedLoad") -> "PlacedLoad":
+        return PlacedLoad(
+            prefill_tokens=self.prefill_tokens + other.prefill_tokens,
+            sequences=self.sequences + other.sequences,
+            kv_tokens=self.kv_tokens + other.kv_tokens,
+            remaining_tokens=self.remaining_tokens + other.remaining_tokens,
+        )
+
 
 class RouterInfo(BaseModel):
     model_config = ConfigDict(frozen=True)

@@ -20,6 +20,8 @@ class Load(BaseModel):
     waiting_sequences: int = 0
     waiting_tokens: int = 0
     """Prompt tokens still to compute."""
+    waiting_token_context: float = 0.0
+    """The sum of `new * context` over these tokens, as PrefillCost has it: long prompts take more than their share."""
     kv_blocks_used: int = 0
     kv_blocks_cached: int = 0
     kv_tokens: int = 0
@@ -51,6 +53,8 @@ class WorkerInfo(BaseModel):
     latency: WorkerLatency = DEFAULT_LATENCY
     epoch: str
     """Drawn anew at each start of the process."""
+    cache_sequence: int = 0
+    """Of the last batch of KV events it made, so that routers notice one that got lost."""
     load: Load = Load()
 
     @property

@@ -11,7 +11,8 @@ import pytest
 from redis.asyncio import Redis
 
 from baton.cluster.lease import Lease, Repeater
-from baton.cluster.membership import Keys, Membership, MembershipWatch, merge, parse
+from baton.cluster.membership import WORKER, Membership, MembershipWatch
+from baton.cluster.records import Keys
 from baton.cluster.redis_client import connect_redis, redis_client, without_password
 from baton.cluster.redis_server import EmbeddedRedis, free_port
 from baton.cluster.worker_info import Load, State, WorkerInfo
@@ -93,20 +94,20 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 def test_while_holding_a_missing_worker_stays() -> None:
     known, announced = [worker("a"), worker("b")], [worker("b", running=3), worker("c")]
-    assert merge(known, announced, is_holding=True) == (worker("a"), worker("b", running=3), worker("c"))
+    assert WORKER.merge(known, announced, is_holding=True) == (worker("a"), worker("b", running=3), worker("c"))
 
 
 def test_otherwise_only_who_is_announced_is_there() -> None:
-    assert merge([worker("a")], [worker("c"), worker("b")], is_holding=False) == (worker("b"), worker("c"))
+    assert WORKER.merge([worker("a")], [worker("c"), worker("b")], is_holding=False) == (worker("b"), worker("c"))
 
 
 def test_a_record_of_some_other_version_is_left_out() -> None:
-    assert parse(["{}", "junk", worker("a").model_dump_json()]) == [worker("a")]
+    assert WORKER.parse(["{}", "junk", worker("a").model_dump_json()]) == [worker("a")]
 
 
 def test_an_unknown_field_does_no_harm() -> None:
     record = worker("a").model_dump_json()[:-1] + ',"news":1}'
-    assert parse([record]) == [worker("a")]
+    assert WORKER.parse([record]) == [worker("a")]
 
 
 def test_the_retry_delay_doubles_up_to_its_bound() -> None:
@@ -116,7 +117,7 @@ def test_the_retry_delay_doubles_up_to_its_bound() -> None:
 
 
 def test_keys_are_hash_tagged() -> None:
-    keys = Keys("p")
+    keys = Keys("p", "worker")
     assert keys.ids == "{p}:workers" and keys.record("w") == "{p}:worker:w"
 
 
@@ -153,11 +154,11 @@ def test_a_worker_that_died_is_gone_with_its_lease(redis_server: EmbeddedRedis, 
     async def test() -> None:
         async with client_for(redis_server) as redis, watching(redis, key_prefix) as watch:
             # its one heartbeat: then the process was killed
-            await redis.sadd(Keys(key_prefix).ids, "decode-0")  # type: ignore[misc]
-            await redis.set(Keys(key_prefix).record("decode-0"), worker().model_dump_json(), px=200)
+            await redis.sadd(Keys(key_prefix, "worker").ids, "decode-0")  # type: ignore[misc]
+            await redis.set(Keys(key_prefix, "worker").record("decode-0"), worker().model_dump_json(), px=200)
             await until(watch, lambda seen: len(seen) == 1)
             await until(watch, lambda seen: seen == ())
-            assert await redis.smembers(Keys(key_prefix).ids) == set()  # type: ignore[misc]
+            assert await redis.smembers(Keys(key_prefix, "worker").ids) == set()  # type: ignore[misc]
 
     run(test)
 
