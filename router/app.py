@@ -4,23 +4,32 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
 from baton.clock import Clock, monotonic
 from baton.service import GrpcService
 from baton.settings import RouterSettings
 from router.admission import Admission
+from router.admission_metrics import AdmissionMetrics
+from router.catalog import load_catalog
+from router.cluster_view import ClusterView
+from router.decision_log import DecisionLog
 from router.frontend import SEED_BITS, Frontend
 from router.generation import Generator
 from router.grpc_api import SERVICE, InferenceService
 from router.http_api import make_http_app
 from router.http_server import HttpServer
-from router.metrics import RouterMetrics, WorkerCollector
-from router.prompts import PromptEncoder
+from router.index_metrics import IndexCollector
+from router.metrics import ModelMetrics, RouterMetrics, WorkerCollector
+from router.peers import Peers
+from router.tenancy import Tenancy
 from router.tokenizer import TextThreads, Tokenizer
-from router.worker_pool import Membership, WorkerPool
+from router.worker_pool import Membership
 
 log = logging.getLogger(__name__)
 
@@ -28,41 +37,68 @@ log = logging.getLogger(__name__)
 class Router:
     """One process's front door; lives on the asyncio loop that `start` is called on.
 
-    `model_directory` holds the tokenizer and chat template of `settings.model`. The membership stays the
-    caller's: started before, closed after.
+    `directories` says where the tokenizers and chat templates of the models lie, each by its setting `model`. The
+    membership and the Redis client stay the caller's: started before, closed after. Without Redis the router is on its
+    own, and knows of the workers' caches what it itself sent there.
     """
 
     def __init__(
         self,
         settings: RouterSettings,
         membership: Membership,
-        model_directory: Path,
+        directories: Mapping[str, Path],
         registry: CollectorRegistry | None = None,
         clock: Clock = monotonic,
+        redis: Redis | None = None,
     ) -> None:
-        """Raises SettingsError if the tokenizer cannot be loaded."""
+        """Raises SettingsError if a tokenizer cannot be loaded, or the tenants' file not be used."""
         self._settings = settings
         registry = registry or CollectorRegistry()
-        metrics = RouterMetrics(registry, settings.model_name)
+        metrics, admission_metrics = RouterMetrics(registry), AdmissionMetrics(registry)
         registry.register(WorkerCollector(membership.workers))
-        tokenizer = Tokenizer.load(model_directory, trust_remote_code=settings.trust_remote_code)
+        router_id = f"router-{secrets.token_hex(4)}"
         self._threads = TextThreads()
-        self._pool = WorkerPool(membership, settings.model_name)
-        self._admission = Admission(settings.requests_max)
-        frontend = Frontend(
+        self._cluster = cluster = ClusterView(settings, membership, redis, router_id, clock)
+        if cluster.feed is not None:
+            registry.register(IndexCollector(cluster.index, cluster.feed))
+        self._tenancy = Tenancy(settings, redis, router_id, admission_metrics, clock)
+        self._admission = Admission(settings, cluster.placer, admission_metrics, clock, self._tenancy.limits)
+        decisions = DecisionLog(settings.decisions_max, router_id, time.time)
+
+        def make_generator(model: str, tokenizer: Tokenizer, metrics: ModelMetrics) -> Generator:
+            return Generator(
+                model,
+                tokenizer,
+                cluster.pool,
+                cluster.placer,
+                decisions,
+                cluster.cooldowns,
+                metrics,
+                clock,
+                settings.request_timeout_s,
+                settings.failover_max,
+                settings.failover_wait_s,
+                partial(self._admission.poke, model),
+            )
+
+        self._catalog = load_catalog(settings, directories, self._threads, make_generator, metrics.of)
+        self._frontend = Frontend(
             settings,
+            self._tenancy.tenants,
             self._admission,
-            PromptEncoder(tokenizer, self._threads, settings.prompt_bytes_max),
-            Generator(settings.model_name, tokenizer, self._pool, metrics, clock, settings.request_timeout_s),
+            self._catalog,
+            cluster,
+            decisions.get,
+            Peers(cluster.peers).decision,
             metrics,
             clock,
             time.time,
             lambda: secrets.randbits(SEED_BITS),
         )
-        app = make_http_app(frontend, registry)
+        app = make_http_app(self._frontend, registry)
         self._http = HttpServer(app, settings.host, settings.http_port, settings.drain_timeout_s)
         self._grpc = GrpcService(settings.host, settings.grpc_port, [SERVICE], settings.body_bytes_max)
-        self._inference = InferenceService(frontend)
+        self._inference = InferenceService(self._frontend)
         self._readiness: asyncio.Task[None] | None = None
 
     @property
@@ -77,18 +113,22 @@ class Router:
     @property
     def is_ready(self) -> bool:
         """Whether a request could be served now."""
-        return self._pool.is_ready and not self._admission.is_closed
+        return self._frontend.unready() is None
 
     async def ready(self) -> None:
         """Returns when a request could be served."""
-        while not self._pool.is_ready:
-            await self._pool.changed()
+        while not self.is_ready:
+            await self._cluster.pool.changed()
 
     async def start(self) -> None:
-        """Returns when both ports are open. Raises SettingsError if one cannot be had; `stop` is then still due."""
-        await self._pool.start()
+        """Returns when both ports are open; `ready` somewhat later.
+
+        Raises SettingsError if a port cannot be had, ClusterError if Redis does not answer; `stop` is then still due.
+        """
         await self._grpc.start(self._inference.register)
         await self._http.start()
+        await self._tenancy.start(self._admission)
+        await self._cluster.start(self.grpc_address, self.http_address)
         self._readiness = asyncio.create_task(self._follow_readiness(), name="follow readiness")
         log.info("listening at http://%s, gRPC %s", self.http_address, self.grpc_address)
 
@@ -108,8 +148,10 @@ class Router:
         if self._readiness is not None:
             self._readiness.cancel()
             await asyncio.gather(self._readiness, return_exceptions=True)
-        await self._pool.stop()  # what still runs ends with an error that its client can read
+        await self._cluster.close()  # what still runs ends with an error that its client can read
         await asyncio.gather(self._http.stop(), self._grpc.stop())
+        await self._tenancy.close()
+        await self._catalog.close()
         self._threads.close()
 
     async def _follow_readiness(self) -> None:
@@ -117,4 +159,4 @@ class Router:
             is_ready = self.is_ready
             await self._grpc.set_serving(is_ready)
             while self.is_ready == is_ready:
-                await self._pool.changed()
+                await self._cluster.pool.changed()

@@ -1,78 +1,46 @@
-"""A request's life: placed, submitted, its tokens turned into text, and over; placed again if need be."""
+"""A request's life: placed, submitted, its tokens turned into text, and over; placed anew if a worker fails it."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from baton.clock import Clock
-from baton.cluster.worker_info import WorkerInfo
-from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded, Unavailable
-from baton.ids import RequestId
+from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from baton.ids import RequestId, WorkerId
 from baton.rpc import common_pb2, worker_pb2
 from baton.rpc.convert import sampling_to_proto
-from baton.sampling import SamplingParams
-from router.metrics import RouterMetrics
-from router.placement import Placement, Placer
+from router.attempt import Attempt, Books, Pace
+from router.block_names import BlockNames
+from router.cooldown import Cooldowns
+from router.decision import Decision
+from router.decision_log import DecisionLog, RequestRecord
+from router.expected_tokens import ExpectedTokens
+from router.metrics import ModelMetrics
+from router.model_facts import ModelFacts
+from router.placement import PlacementRequest
+from router.placer import Placer
 from router.sequence import Delta, SequenceProgress, SequenceRequest
 from router.tokenizer import Tokenizer
-from router.worker_pool import WorkerLost, WorkerPool
+from router.worker_pool import Event, WorkerLost, WorkerPool
 
 log = logging.getLogger(__name__)
 
-TRIES_MAX = 3
-"""How often a sequence without a token yet is placed; one with tokens never is placed again."""
-_RETRIABLE = (worker_pb2.ERROR_KIND_UNAVAILABLE, worker_pb2.ERROR_KIND_OVERLOADED)
+
+class WorkerFault(BatonError):
+    """The decode worker failed this request for a reason of its own."""
+
+
 _ERRORS: dict[int, Callable[[str], BatonError]] = {
     worker_pb2.ERROR_KIND_INVALID_REQUEST: InvalidRequest,
     worker_pb2.ERROR_KIND_OVERLOADED: Overloaded,
     worker_pb2.ERROR_KIND_UNAVAILABLE: Unavailable,
+    worker_pb2.ERROR_KIND_DEADLINE_EXCEEDED: DeadlineExceeded,
 }
-Event = worker_pb2.TokenOutput | WorkerLost | DeadlineExceeded
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What every worker of the model can do."""
-
-    context_length: int
-    vocabulary_size: int
-
-    def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raises InvalidRequest if the prompt is empty, does not fit, or holds ids that do not exist."""
-        if not prompt:
-            raise InvalidRequest("The prompt is empty; it must have at least one token.", "prompt")
-        if len(prompt) >= self.context_length:
-            raise InvalidRequest(
-                f"The prompt has {len(prompt)} tokens, but the model's context is {self.context_length} tokens, "
-                "prompt and completion together.",
-                "prompt",
-            )
-        if min(prompt) < 0 or max(prompt) >= self.vocabulary_size:
-            raise InvalidRequest(
-                f"The prompt holds a token id outside the model's, which run from 0 to {self.vocabulary_size - 1}.",
-                "prompt",
-            )
-
-    def complete(
-        self, sampling: SamplingParams, prompt_tokens: int, seed: int, max_tokens_default: int | None = None
-    ) -> SamplingParams:
-        """With `max_tokens` and `seed` set; unasked, as many tokens as there is room for, or the default if less.
-
-        Raises InvalidRequest if the prompt leaves less room than was asked for.
-        """
-        room = self.context_length - prompt_tokens
-        default = room if max_tokens_default is None else min(room, max_tokens_default)
-        max_tokens = default if sampling.max_tokens is None else sampling.max_tokens
-        if max_tokens > room:
-            raise InvalidRequest(
-                f"The model's context is {self.context_length} tokens, but {prompt_tokens + max_tokens} were asked "
-                f"for: {prompt_tokens} in the prompt and {max_tokens} to generate.",
-                "max_tokens",
-            )
-        sampling.check_vocabulary(self.vocabulary_size)
-        return sampling.with_changes(max_tokens=max_tokens, seed=seed if sampling.seed is None else sampling.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,46 +49,76 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
 
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
 
 class Generator:
-    """Starts generations on the pool's workers, for the one model of this router."""
+    """Starts generations of one model on the pool's workers."""
 
     def __init__(
         self,
         model: str,
         tokenizer: Tokenizer,
         pool: WorkerPool,
-        metrics: RouterMetrics,
+        placer: Placer,
+        decisions: DecisionLog,
+        cooldowns: Cooldowns,
+        metrics: ModelMetrics,
         clock: Clock,
         request_timeout_s: float,
+        failover_max: int,
+        failover_wait_s: float,
+        has_room: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.tokenizer, self.pool, self.metrics = model, tokenizer, pool, metrics
+        """A sequence is placed anew `failover_max` times at most, and each time waits `failover_wait_s` at most for
+        a worker that can take it. `has_room` is called whenever workers may have room for more."""
+        self.model, self.tokenizer, self.pool, self.placer = model, tokenizer, pool, placer
+        self.decisions, self.cooldowns, self.metrics = decisions, cooldowns, metrics
         self.clock, self.request_timeout_s = clock, request_timeout_s
-        self.placer = Placer()
-
-    def check_model(self, name: str) -> None:
-        """Raises ModelNotFound."""
-        if name != self.model:
-            raise ModelNotFound(f"The model {name[:200]!r} is not served here; {self.model!r} is.", "model")
+        self.failover_max, self.failover_wait_s = failover_max, failover_wait_s
+        self.books = Books(placer, cooldowns, metrics, has_room)
+        self.expected_tokens = ExpectedTokens()
 
     def facts(self) -> ModelFacts:
         """Raises Unavailable while no decode worker is ready: only they know."""
-        workers = [worker for worker in self.pool.usable() if worker.role == "decode"]
+        workers = [worker for worker in self.pool.usable(self.model) if worker.role == "decode"]
         if not workers:
             raise Unavailable("No decode worker is ready to serve this model now; try again in a while.")
         return ModelFacts(
             min(worker.context_length for worker in workers), min(worker.vocabulary_size for worker in workers)
         )
 
-    def start(self, request_id: RequestId, requests: Sequence[SequenceRequest], arrived_s: float) -> "Generation":
-        """The caller closes it, whatever happens. Raises Unavailable if nobody can serve it."""
-        generation = Generation(self, request_id, [self._progress(request) for request in requests], arrived_s)
+    def start(
+        self,
+        request_id: RequestId,
+        requests: Sequence[SequenceRequest],
+        arrived_s: float,
+        deadline_s: float | None = None,
+        tenant: str = "",
+    ) -> "Generation":
+        """`arrived_s` and the client's deadline are on the generator's clock. The caller closes it, whatever happens.
+
+        Raises Unavailable if nobody can serve it, DeadlineExceeded if it is late already.
+        """
+        record = RequestRecord(request_id, tenant)
+        generation = Generation(self, record, [self._progress(request) for request in requests], arrived_s)
         try:
-            generation.submit_all()
+            generation.begin(deadline_s)
         except BatonError:
             generation.close()
             raise
         return generation
+
+    def excluded(self) -> dict[WorkerId, str]:
+        """Who is to get nothing now, and why."""
+        usable = self.pool.usable(self.model)
+        cooling = self.cooldowns.excluded(
+            (worker.worker_id for worker in usable if worker.role == "decode"),
+            (worker.worker_id for worker in usable if worker.role == "prefill"),
+        )
+        return {**self.pool.unusable(self.model), **cooling}
 
     def _progress(self, request: SequenceRequest) -> SequenceProgress:
         preceding = request.prompt if request.continues_prompt else ()
@@ -129,38 +127,38 @@ class Generator:
         return SequenceProgress(request, detokenizer)
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One sequence on one decode worker."""
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What ends the whole request."""
 
-    wire_id: RequestId
-    placement: Placement
-    last_token_s: float | None = None
-
-    @property
-    def worker(self) -> WorkerInfo:
-        return self.placement.decode.worker
+    error: BatonError
 
 
 class Generation:
     """All sequences of one client request."""
 
     def __init__(
-        self, generator: Generator, request_id: RequestId, sequences: list[SequenceProgress], arrived_s: float
+        self, generator: Generator, record: RequestRecord, sequences: list[SequenceProgress], arrived_s: float
     ) -> None:
-        self.request_id, self.sequences = request_id, sequences
-        self._generator, self._arrived_s = generator, arrived_s
-        self._attempts: dict[int, _Attempt] = {}
-        self._tries = [0] * len(sequences)
+        self.request_id, self.sequences = record.request_id, sequences
+        self._generator, self._arrived_s, self._record = generator, arrived_s, record
+        self._paces = [Pace(generator.metrics, arrived_s) for _ in sequences]
+        self._unfinished = set(range(len(sequences)))
+        self._attempts: dict[int, Attempt] = {}
+        self._attempts_made = [0] * len(sequences)
+        self._searches: dict[int, asyncio.Task[None]] = {}
         # Bounded by the tokens asked for: one event a sequence and engine step.
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        timeout_s = generator.request_timeout_s
-        expired = DeadlineExceeded(f"The request was not finished within {timeout_s:g} s, the most this server gives.")
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._events.put_nowait, (0, expired))
+        self._events: deque[tuple[int, Event | _Ending]] = deque()
+        self._has_events = asyncio.Event()
+        self._ends_at_s = 0.0
+        self._expired = DeadlineExceeded()
+        self._timer: asyncio.TimerHandle | None = None
+        self._names: dict[int, BlockNames] = {}
+        """By the prompt's identity: its continuations share what was hashed."""
 
     @property
     def is_finished(self) -> bool:
-        return not self._attempts
+        return not self._unfinished
 
     @property
     def usage(self) -> Usage:
@@ -172,106 +170,223 @@ class Generation:
             sum(sequence.cached_tokens for sequence in first),
         )
 
-    def submit_all(self) -> None:
-        for index in range(len(self.sequences)):
-            self._submit(index, self._generator.pool.usable())
+    def begin(self, deadline_s: float | None) -> None:
+        """Submits every sequence. Raises as Generator.start does."""
+        timeout_s = self._generator.request_timeout_s
+        self._ends_at_s = self._arrived_s + timeout_s
+        why = f"The request was not finished within {timeout_s:g} s, the most this server gives."
+        if deadline_s is not None and deadline_s < self._ends_at_s:
+            self._ends_at_s, why = deadline_s, "The request was not finished by its deadline."
+        self._expired = DeadlineExceeded(why)
+        if self._left_s <= 0:
+            raise self._expired
+        self._timer = asyncio.get_running_loop().call_later(self._left_s, self._expire)
+        for index in self._unfinished:
+            self._place(index, self._generator.excluded())
         self._generator.metrics.prompt_tokens.inc(self.usage.prompt_tokens)
 
     async def next(self) -> tuple[int, Delta] | None:
         """A sequence's index and what is new in it; None when all are finished.
 
         Raises the BatonError that ended the request."""
-        while self._attempts:
-            index, event = await self._events.get()
-            if isinstance(event, DeadlineExceeded):
-                raise event
-            if index not in self._attempts:
+        while self._unfinished:
+            if not self._events:
+                self._has_events.clear()
+                await self._has_events.wait()
+            index, event = self._events.popleft()
+            if isinstance(event, _Ending):
+                raise event.error
+            if index not in self._unfinished:
                 continue  # a stop string ended it while more was under way
-            error = event if isinstance(event, WorkerLost) else _error(event)
-            if error is None:
+            if (error := _error(event)) is not None:
+                self._fail_over(index, error)
+            else:
                 assert isinstance(event, worker_pb2.TokenOutput)
                 return index, self._take(index, event)
-            self._retry(index, error)
         return None
 
     def close(self) -> None:
         """Idempotent. What is unfinished is cancelled on its worker at once."""
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for search in self._searches.values():
+            search.cancel()
         for index in list(self._attempts):
-            self._end(index)
+            self._leave_worker(index)
+        for pace in self._paces:
+            pace.close()
 
-    def _submit(self, index: int, workers: Sequence[WorkerInfo]) -> None:
-        request = self.sequences[index].request
-        placement = self._generator.placer.place(request.prompt, request.cache_salt, workers)
-        # A client may use an id twice, and a worker may still be clearing up the last try.
-        wire_id = RequestId(f"{self.request_id}-{index}-{secrets.token_hex(4)}")
-        message = worker_pb2.Submit(
-            request_id=wire_id,
-            prompt=request.prompt,
-            sampling=sampling_to_proto(request.sampling),
-            cache_salt=request.cache_salt,
-            prefill_candidates=[
-                worker_pb2.PrefillCandidate(worker_id=c.worker.worker_id, address=c.worker.address)
-                for c in placement.prefill
-            ],
-        )
-        self._tries[index] += 1
-        self._attempts[index] = attempt = _Attempt(wire_id, placement)
-        self._generator.placer.started(wire_id, placement)
-        self._generator.metrics.waiting.inc()
-        self._generator.pool.submit(attempt.worker, message, lambda event: self._events.put_nowait((index, event)))
+    # ---- tokens
 
     def _take(self, index: int, output: worker_pb2.TokenOutput) -> Delta:
-        attempt, sequence = self._attempts[index], self.sequences[index]
-        self._measure(attempt)
+        generator, sequence = self._generator, self.sequences[index]
         delta = sequence.take(output)
-        metrics = self._generator.metrics
-        metrics.generation_tokens.inc(len(delta.token_ids))
+        generator.metrics.generation_tokens.inc(len(delta.token_ids))
         if sequence.is_finished:
-            self._end(index)
-            metrics.cached_tokens.inc(sequence.cached_tokens if sequence.request.choice == 0 else 0)
-            if not self._attempts:
-                metrics.e2e_latency_s.observe(self._generator.clock() - self._arrived_s)
+            self._finish(index)
         return delta
 
-    def _measure(self, attempt: _Attempt) -> None:
-        now_s = self._generator.clock()
-        metrics = self._generator.metrics
-        if attempt.last_token_s is not None:
-            metrics.inter_token_latency_s.observe(now_s - attempt.last_token_s)
+    def _finish(self, index: int) -> None:
+        generator, sequence = self._generator, self.sequences[index]
+        self._unfinished.remove(index)
+        self._attempts[index].end("finished")
+        self._leave_worker(index)
+        self._paces[index].close()
+        generator.expected_tokens.observe(generator.model, len(sequence.generated))
+        generator.metrics.cached_tokens.inc(sequence.cached_tokens if sequence.request.choice == 0 else 0)
+        if not self._unfinished:
+            generator.metrics.e2e_latency_s.observe(generator.clock() - self._arrived_s)
+
+    # ---- placement
+
+    def _place(self, index: int, excluded: dict[WorkerId, str]) -> None:
+        """Raises Unavailable if nobody else can take the sequence now."""
+        generator, sequence = self._generator, self.sequences[index]
+        placed_s = generator.clock()
+        request = self._placement_request(sequence)
+        decision = generator.placer.place(request, excluded)
+        decided_in_s = generator.clock() - placed_s
+        # A client may use an id twice, and a worker may still be clearing up the last attempt.
+        wire_id = RequestId(f"{self.request_id}-{index}-{secrets.token_hex(4)}")
+        generator.placer.reserve(wire_id, decision, request)
+        self._attempts_made[index] += 1
+        record = generator.decisions.record(
+            self._record, decision, decided_in_s, choice=index, attempt=self._attempts_made[index]
+        )
+        self._attempts[index] = attempt = Attempt(
+            wire_id,
+            decision,
+            record,
+            placed_s,
+            self._paces[index],
+            generator.books,
+            partial(self._put, index),
+        )
+        _count_placement(generator.metrics, decision, decided_in_s)
+        message = _submit(wire_id, sequence, decision, self._left_s)
+        generator.pool.submit(decision.chosen.decode, message, attempt.take)
+
+    def _placement_request(self, sequence: SequenceProgress) -> PlacementRequest:
+        request = sequence.request
+        if sequence.has_started:
+            tokens: Sequence[int] = [*request.prompt, *sequence.generated]
+            names = BlockNames(tokens, request.cache_salt)
         else:
-            metrics.time_to_first_token_s.observe(now_s - self._arrived_s)
-            metrics.waiting.dec()
-            metrics.running.inc()
-            self._generator.placer.in_flight.prefilled(attempt.wire_id)
-        attempt.last_token_s = now_s
+            tokens = request.prompt
+            names = self._names.setdefault(id(tokens), BlockNames(tokens, request.cache_salt))
+        model = self._generator.model
+        expected_tokens = self._generator.expected_tokens.of(model, sequence.tokens_max)
+        return PlacementRequest(model, len(tokens), expected_tokens, names)
 
-    def _retry(self, index: int, error: BatonError) -> None:
-        """Places the sequence on another worker if it has no token yet; else raises the error."""
-        failed = self._attempts[index].worker
-        has_started = self.sequences[index].has_started
-        self._end(index)
-        if has_started or self._tries[index] >= TRIES_MAX or not isinstance(error, (Unavailable, Overloaded)):
+    def _leave_worker(self, index: int) -> None:
+        if (attempt := self._attempts.pop(index, None)) is not None:
+            attempt.end("cancelled")
+            self._generator.pool.cancel(attempt.decision.chosen.decode, attempt.wire_id)
+
+    # ---- failover
+
+    def _fail_over(self, index: int, error: BatonError) -> None:
+        """Another worker goes on with the sequence, now or when there is one. Raises the error if that may not be."""
+        attempt = self._attempts[index]
+        self._leave_worker(index)
+        if isinstance(error, DeadlineExceeded):
+            raise self._expired  # the worker's clock was the faster one
+        if not isinstance(error, (Unavailable, Overloaded, WorkerFault)):
             raise error
-        others = [worker for worker in self._generator.pool.usable() if worker.worker_id != failed.worker_id]
-        log.info("request %s is placed again: %s failed it", self.request_id, failed.worker_id)
+        failed = attempt.decision.chosen.decode.worker_id
+        is_overloaded = isinstance(error, Overloaded)
+        self._generator.cooldowns.failed(failed, attempt.placed_s, is_overloaded=is_overloaded)
+        if self._attempts_made[index] > self._failovers_max(error):
+            raise error
+        log.info("request %s is placed anew: %s failed it", self.request_id, failed)
+        if self._place_anew(index, failed, error):
+            return
+        if not self._may_wait(index, error):
+            raise error
+        self._searches[index] = asyncio.create_task(self._search(index, failed, error), name="search for a worker")
+
+    def _failovers_max(self, error: BatonError) -> int:
+        """What fails inside a worker may be the request's own doing, and is not carried from one to the next."""
+        bound = self._generator.failover_max
+        return min(bound, 1) if isinstance(error, WorkerFault) else bound
+
+    def _may_wait(self, index: int, error: BatonError) -> bool:
+        """An overloaded worker's refusal goes to the client, unless there is something to lose."""
+        has_started = self.sequences[index].has_started
+        return isinstance(error, Unavailable) or (has_started and isinstance(error, Overloaded))
+
+    def _place_anew(self, index: int, failed: WorkerId, error: BatonError) -> bool:
+        """Whether somebody could take it now. One that failed it with an answer, rather than by being lost and
+        found again, is not asked before its cool-down is over."""
+        generator = self._generator
+        excluded = generator.excluded()
+        if not isinstance(error, WorkerLost) and generator.cooldowns.remaining_s(failed):
+            excluded[failed] = "it has just failed this request"
         try:
-            self._submit(index, others)
-        except Unavailable:  # there is nobody else; what went wrong first says more
-            raise error from None
-        self._generator.metrics.retries.inc()
+            self._place(index, excluded)
+        except Unavailable:
+            return False
+        generator.metrics.retries.inc()
+        return True
 
-    def _end(self, index: int) -> None:
-        attempt = self._attempts.pop(index)
-        metrics = self._generator.metrics
-        (metrics.waiting if attempt.last_token_s is None else metrics.running).dec()
-        self._generator.placer.in_flight.finished(attempt.wire_id)
-        self._generator.pool.cancel(attempt.worker, attempt.wire_id)
+    async def _search(self, index: int, failed: WorkerId, error: BatonError) -> None:
+        """Until somebody could take the sequence, or has not for too long."""
+        generator = self._generator
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(generator.failover_wait_s):
+                while not generator.pool.is_stopped:
+                    if self._place_anew(index, failed, error):
+                        return
+                    await self._something_changes(failed)
+        self._put(index, _Ending(error))
+
+    async def _something_changes(self, failed: WorkerId) -> None:
+        """Returns when a worker came or went, or the cool-down of the one that failed is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._generator.cooldowns.remaining_s(failed) or None):
+                await self._generator.pool.changed()
+
+    # ---- events
+
+    @property
+    def _left_s(self) -> float:
+        return self._ends_at_s - self._generator.clock()
+
+    def _put(self, index: int, event: Event | _Ending) -> None:
+        self._events.append((index, event))
+        self._has_events.set()
+
+    def _expire(self) -> None:
+        self._events.appendleft((0, _Ending(self._expired)))
+        self._has_events.set()
 
 
-def _error(output: worker_pb2.TokenOutput) -> BatonError | None:
-    if output.finish_reason == common_pb2.FINISH_REASON_ERROR:
-        return _ERRORS.get(output.error_kind, BatonError)(output.error or "The decode worker failed this request.")
-    if output.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
+def _submit(wire_id: RequestId, sequence: SequenceProgress, decision: Decision, deadline_s: float) -> worker_pb2.Submit:
+    workers = [] if decision.chosen.prefill is None else [decision.chosen.prefill, *decision.prefill_fallbacks]
+    return worker_pb2.Submit(
+        request_id=wire_id,
+        prompt=sequence.request.prompt,
+        generated=sequence.generated,
+        sampling=sampling_to_proto(sequence.resume()),
+        cache_salt=sequence.request.cache_salt,
+        prefill_candidates=[
+            worker_pb2.PrefillCandidate(worker_id=worker.worker_id, address=worker.address) for worker in workers
+        ],
+        deadline_s=max(deadline_s, 0.001),  # 0 would mean none
+    )
+
+
+def _count_placement(metrics: ModelMetrics, decision: Decision, decided_in_s: float) -> None:
+    (metrics.placements_local if decision.chosen.prefill is None else metrics.placements_pair).inc()
+    metrics.decision_s.observe(decided_in_s)
+
+
+def _error(event: Event) -> BatonError | None:
+    if isinstance(event, WorkerLost):
+        return event
+    if event.finish_reason == common_pb2.FINISH_REASON_ERROR:
+        kind = _ERRORS.get(event.error_kind, WorkerFault)
+        return kind(event.error or "The decode worker failed this request.")
+    if event.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
         return Unavailable("The decode worker gave this request up; send it again.")
     return None

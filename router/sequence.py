@@ -50,27 +50,53 @@ class Delta:
     """The stop string or stop token id that ended the text; None for the model's own end."""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     timeline: common_pb2.Timeline | None = None
+    """With the finish reason, where the worker gave one."""
 
 
 class SequenceProgress:
-    """How far one sequence is."""
+    """How far one sequence is, on whichever workers."""
 
     def __init__(self, request: SequenceRequest, detokenizer: Detokenizer) -> None:
         self.request = request
+        self.generated: list[int] = []
+        """All tokens that workers sent, those included whose text is held back or was not asked for."""
         self.completion_tokens = 0
         self.cached_tokens = 0
-        self.has_started = False
+        """Of the prompt, where it was computed first."""
         self.is_finished = False
+        self._is_resumed = False
+        self._timeline: common_pb2.Timeline | None = None
+        """The last one told: a text that a stop string ends has none of its end."""
         self._detokenizer = detokenizer
         self._stop = StopStrings(request.stop, include_stop=request.include_stop)
+
+    @property
+    def has_started(self) -> bool:
+        return bool(self.generated)
+
+    @property
+    def tokens_max(self) -> int:
+        """That it may still generate."""
+        assert self.request.sampling.max_tokens is not None
+        return self.request.sampling.max_tokens - len(self.generated)
+
+    def resume(self) -> SamplingParams:
+        """How another worker is to go on from `generated`; what was delivered once is not asked for again."""
+        self._is_resumed = self.has_started
+        sampling = self.request.sampling
+        return sampling.with_changes(prompt_logprobs=None) if self._is_resumed else sampling
 
     def take(self, output: worker_pb2.TokenOutput) -> Delta:
         """`output` is no error. After one with a finish reason, or the stop string, none may follow."""
         assert not self.is_finished
-        self.has_started = True
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        reason = _FINISH_REASONS.get(output.finish_reason)
         token_ids = tuple(output.token_ids)
+        self.generated += token_ids
+        if not self._is_resumed:
+            self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        if output.HasField("timeline"):
+            self._timeline = common_pb2.Timeline()
+            self._timeline.CopyFrom(output.timeline)  # itself it would keep its whole message in memory
+        reason = _FINISH_REASONS.get(output.finish_reason) or self._own_ending()
         if not self.request.wants_output:
             token_ids, reason = (), reason and "length"
         text, taken, stop_string = self._read(token_ids, reason)
@@ -79,12 +105,20 @@ class SequenceProgress:
         return Delta(
             text,
             token_ids[:taken],
-            _logprobs(output.logprobs[:taken]),
+            _logprobs(output.logprobs[:taken]) if output.logprobs else (),
             "stop" if stop_string is not None else reason,
             stop_string if stop_string is not None else self._stop_token(token_ids, reason),
-            _logprobs(output.prompt_logprobs),
-            output.timeline if output.HasField("timeline") else None,
+            _logprobs(output.prompt_logprobs) if output.prompt_logprobs else (),
+            self._timeline if self.is_finished else None,
         )
+
+    def _own_ending(self) -> FinishReason | None:
+        """What the tokens themselves say, so that no worker is asked to go on after the last of them."""
+        if not self.generated:
+            return None
+        if self.generated[-1] in self.request.sampling.stop_token_ids:
+            return "stop"
+        return None if self.tokens_max > 0 else "length"
 
     def _read(self, token_ids: tuple[int, ...], reason: FinishReason | None) -> tuple[str, int, str | None]:
         """The new text, how many tokens made it, and the stop string that ended it."""

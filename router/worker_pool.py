@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 import grpc.aio
 
+from baton.clock import Clock, monotonic
 from baton.cluster.worker_info import WorkerInfo
 from baton.errors import Unavailable
 from baton.ids import RequestId, WorkerId
@@ -38,18 +39,35 @@ class WorkerLost(Unavailable):
         super().__init__(f"The decode worker {worker_id} was lost while it served this request; send it again.")
 
 
-Sink = Callable[[worker_pb2.TokenOutput | WorkerLost], None]
-"""Takes one request's outputs, called on the loop; the last one has a finish reason or is a WorkerLost."""
+Event = worker_pb2.TokenOutput | WorkerLost
+Sink = Callable[[Event, float], None]
+"""Takes one request's outputs, called on the loop, and when they came on the pool's clock (one reading for all that
+came together). The last one has a finish reason or is a WorkerLost."""
+OnChange = Callable[[Sequence[WorkerInfo]], None]
 
 
 class WorkerPool:
     """Follows the membership; what is not a member any more keeps its stream until its last request ends."""
 
     def __init__(
-        self, membership: Membership, model: str, reconnect_delays_s: Sequence[float] = RECONNECT_DELAYS_S
+        self,
+        membership: Membership,
+        clock: Clock = monotonic,
+        reconnect_delays_s: Sequence[float] = RECONNECT_DELAYS_S,
+        on_change: OnChange = lambda _: None,
     ) -> None:
-        self._membership, self._model, self._delays_s = membership, model, reconnect_delays_s
+        """`on_change` is told who is usable whenever that, or anything in their records, has changed; a worker that
+        is lost is known to be before the requests on it are."""
+        self._membership, self._clock, self._delays_s, self._on_change = (
+            membership,
+            clock,
+            reconnect_delays_s,
+            on_change,
+        )
+        self.is_stopped = False
         self._links: dict[tuple[WorkerId, str], WorkerLink] = {}
+        self._usable: dict[str, tuple[WorkerInfo, ...]] = {}
+        self._unusable: dict[str, dict[WorkerId, str]] = {}
         self._news = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
@@ -57,7 +75,9 @@ class WorkerPool:
         self._following = asyncio.create_task(self._follow(), name="follow membership")
 
     async def stop(self) -> None:
-        """Idempotent. Breaks what is still in flight."""
+        """Idempotent. Nobody is usable any more, and what is still in flight breaks."""
+        self.is_stopped = True
+        self.refresh()
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
@@ -71,15 +91,17 @@ class WorkerPool:
         """All workers of the cluster, of whatever model and state."""
         return self._membership.workers()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request could be served now."""
-        return any(worker.role == "decode" for worker in self.usable())
+    def is_ready(self, model: str) -> bool:
+        """Whether a request to the model could be served now."""
+        return any(worker.role == "decode" for worker in self.usable(model))
 
-    def usable(self) -> list[WorkerInfo]:
-        """Ready workers of the router's model; the decode workers among them are connected."""
-        ready = [worker for worker in self.members if worker.is_ready and worker.model == self._model]
-        return [worker for worker in ready if worker.role == "prefill" or self._is_connected(worker)]
+    def usable(self, model: str) -> Sequence[WorkerInfo]:
+        """The model's ready workers; the decode workers among them are connected."""
+        return self._usable.get(model, ())
+
+    def unusable(self, model: str) -> Mapping[WorkerId, str]:
+        """The model's other members, and why nothing is sent there."""
+        return self._unusable.get(model, {})
 
     async def changed(self) -> None:
         """Returns when a worker was connected or lost, or the membership changed."""
@@ -94,14 +116,10 @@ class WorkerPool:
         if link := self._links.get(_key(worker)):
             link.cancel(request_id)
 
-    def _is_connected(self, worker: WorkerInfo) -> bool:
-        link = self._links.get(_key(worker))
-        return link is not None and link.is_connected
-
     async def _follow(self) -> None:
         while True:
             self._reconcile()
-            self._tell()
+            self.refresh()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(MEMBERSHIP_WAIT_MAX_S):
                     await self._membership.changed()
@@ -110,7 +128,7 @@ class WorkerPool:
         members = {_key(worker): worker for worker in self.members if worker.role == "decode"}
         for key, worker in members.items():
             if key not in self._links:
-                self._links[key] = WorkerLink(worker, self._delays_s, self._tell, self._forget)
+                self._links[key] = WorkerLink(worker, self._clock, self._delays_s, self.refresh, self._forget)
         for key, link in list(self._links.items()):
             link.is_member = key in members
             link.close_if_unused()
@@ -118,11 +136,32 @@ class WorkerPool:
     def _forget(self, link: "WorkerLink") -> None:
         if self._links.get(_key(link.worker)) is link:
             del self._links[_key(link.worker)]
-            self._tell()
+            if not self.is_stopped:
+                self._reconcile()  # it may have come back while its stream was being closed
+            self.refresh()
 
-    def _tell(self) -> None:
+    def refresh(self) -> None:
+        """Looks again who is usable, and tells whoever waits for a change."""
+        usable: dict[str, list[WorkerInfo]] = {}
+        unusable: dict[str, dict[WorkerId, str]] = {}
+        for worker in self.members:
+            if (reason := self._why_unusable(worker)) is None:
+                usable.setdefault(worker.model, []).append(worker)
+            else:
+                unusable.setdefault(worker.model, {})[worker.worker_id] = reason
+        self._usable = {model: tuple(workers) for model, workers in usable.items()}
+        self._unusable = unusable
+        self._on_change([worker for workers in usable.values() for worker in workers])
         self._news.set()
         self._news = asyncio.Event()
+
+    def _why_unusable(self, worker: WorkerInfo) -> str | None:
+        if self.is_stopped:
+            return "this router is shutting down"
+        if not worker.is_ready:
+            return worker.state
+        link = self._links.get(_key(worker))
+        return None if worker.role == "prefill" or (link is not None and link.is_connected) else "not connected"
 
 
 class WorkerLink:
@@ -131,12 +170,13 @@ class WorkerLink:
     def __init__(
         self,
         worker: WorkerInfo,
+        clock: Clock,
         delays_s: Sequence[float],
         on_change: Callable[[], None],
         on_end: Callable[["WorkerLink"], None],
     ) -> None:
         self.worker, self.is_member, self.is_connected = worker, True, False
-        self._delays_s, self._on_change, self._on_end = delays_s, on_change, on_end
+        self._clock, self._delays_s, self._on_change, self._on_end = clock, delays_s, on_change, on_end
         self._sinks: dict[RequestId, Sink] = {}
         # Bounded by the requests admitted: a submit and a cancel for each. None ends the stream.
         self._outbox: asyncio.Queue[worker_pb2.ServeRequest | None] = asyncio.Queue()
@@ -182,8 +222,9 @@ class WorkerLink:
                 was_connected = True
                 self._set_connected(True)
                 async for response in call:
+                    now_s = self._clock()
                     for output in response.outputs:
-                        self._deliver(output)
+                        self._deliver(output, now_s)
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             reason = error.code().name if isinstance(error, grpc.aio.AioRpcError) else "no answer"
             log.warning("stream to decode worker %s: %s", self.worker.worker_id, reason)
@@ -198,19 +239,20 @@ class WorkerLink:
         while (message := await outbox.get()) is not None:
             yield message
 
-    def _deliver(self, output: worker_pb2.TokenOutput) -> None:
+    def _deliver(self, output: worker_pb2.TokenOutput, now_s: float) -> None:
         request_id = RequestId(output.request_id)
         if (sink := self._sinks.get(request_id)) is None:
             return  # cancelled; this was under way
         if output.finish_reason:
             del self._sinks[request_id]
             self.close_if_unused()
-        sink(output)
+        sink(output, now_s)
 
     def _break_all(self) -> None:
         sinks, self._sinks = self._sinks, {}
+        now_s = self._clock()
         for sink in sinks.values():
-            sink(WorkerLost(self.worker.worker_id))
+            sink(WorkerLost(self.worker.worker_id), now_s)
 
     def _set_connected(self, is_connected: bool) -> None:
         if self.is_connected != is_connected:

@@ -44,6 +44,7 @@ def _from_membership(worker: WorkerInfo) -> dict[str, Any]:
         "worker_id": worker.worker_id,
         "role": worker.role,
         "model": worker.model,
+        "pool": worker.pool,
         "state": worker.state,
         "address": worker.address,
         "kv_blocks_total": worker.kv_blocks_total,

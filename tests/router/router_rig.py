@@ -1,38 +1,20 @@
 """A router in this process, in front of fake decode workers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 from fake_worker import FakeDecodeWorker
+from listed_membership import ListedMembership
 from prometheus_client import CollectorRegistry
 
-from baton.cluster.worker_info import WorkerInfo
+from baton.cluster.redis_client import connect_redis
 from baton.settings import RouterSettings
 from router.app import Router
 from router.tokenizer import Tokenizer
-
-
-class ListedMembership:
-    """The members are a list; `change` tells whoever waits."""
-
-    def __init__(self, workers: Sequence[WorkerInfo]) -> None:
-        self._workers = list(workers)
-        self._news = asyncio.Event()
-
-    def workers(self) -> Sequence[WorkerInfo]:
-        return self._workers
-
-    async def changed(self) -> None:
-        await self._news.wait()
-
-    def change(self, workers: Sequence[WorkerInfo]) -> None:
-        self._workers = list(workers)
-        self._news.set()
-        self._news = asyncio.Event()
 
 
 class Rig:
@@ -54,15 +36,22 @@ class Rig:
 
 @asynccontextmanager
 async def running(
-    directory: Path, *workers: FakeDecodeWorker, wait: bool = True, **settings: Any
+    directory: Path, *workers: FakeDecodeWorker, wait: bool = True, redis_url: str | None = None, **settings: Any
 ) -> AsyncIterator[Rig]:
-    """Starts the workers, then a router that knows them; returns when it is ready."""
+    """Starts the workers, then a router that knows them; returns when it is ready. All models' files lie in the one
+    directory."""
     async with AsyncExitStack() as stack:
         for worker in workers:
             await stack.enter_async_context(worker)
         membership, registry = ListedMembership([worker.info for worker in workers]), CollectorRegistry()
-        defaults: dict[str, Any] = {"model": "m", "http_port": 0, "drain_timeout_s": 1}
-        router = Router(RouterSettings(**defaults | settings), membership, directory, registry)
+        defaults: dict[str, Any] = {"model": "m", "http_port": 0, "drain_timeout_s": 1, "failover_wait_s": 0}
+        chosen = RouterSettings(**defaults | settings)
+        redis = None
+        if redis_url is not None:
+            redis = await connect_redis(redis_url)
+            stack.push_async_callback(redis.aclose)
+        directories = {model.model: directory for model in chosen.served_models}
+        router = Router(chosen, membership, directories, registry, redis=redis)
         stack.push_async_callback(router.stop)
         await router.start()
         if wait:

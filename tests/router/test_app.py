@@ -19,12 +19,12 @@ def test_taken_ports_and_missing_tokenizers_are_clear_errors(model_directory: Pa
             port = taken.getsockname()[1]
             for ports, flag in (({"http_port": port}, "--http-port"), ({"grpc_port": port}, "--grpc-port")):
                 settings = RouterSettings(model="m", **{"http_port": 0, **ports})
-                router = Router(settings, ListedMembership([]), model_directory)
+                router = Router(settings, ListedMembership([]), {"m": model_directory})
                 with pytest.raises(SettingsError, match=rf"{port}.*{flag}"):
                     await router.start()
                 await router.stop()
         with pytest.raises(SettingsError, match="tokenizer"):
-            Router(RouterSettings(model="m"), ListedMembership([]), tmp_path)
+            Router(RouterSettings(model="m"), ListedMembership([]), {"m": tmp_path})
 
     asyncio.run(main())
 

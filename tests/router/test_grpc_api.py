@@ -86,8 +86,9 @@ def test_bad_requests_and_bad_bytes_are_invalid_arguments_with_a_sentence(model_
             assert error.code() is grpc.StatusCode.NOT_FOUND
             assert worker.submits == []
             labels = {"model": "m", "protocol": "grpc", "endpoint": "Generate"}
-            bad = len(BAD_REQUESTS) + len(GARBAGE)
-            assert rig.metric("baton_requests_total", code="INVALID_ARGUMENT", **labels) == bad
+            for model, bad in (("m", BAD_REQUESTS), ("", GARBAGE)):
+                counted = rig.metric("baton_requests_total", code="INVALID_ARGUMENT", **labels | {"model": model})
+                assert counted == len(bad)
             assert [r async for r in stub.Generate(inference_pb2.GenerateRequest(text="a"))]
 
     asyncio.run(main())

@@ -552,7 +552,10 @@ def test_models_and_health_and_workers_without_and_with_a_worker(model_directory
             assert (await rig.complete()).status_code == 503
             rig.membership.change([worker.info])
             await rig.router.ready()
-            assert (await rig.http.get("/health")).json() == {"status": "ok"}
+            health = (await rig.http.get("/health")).json()
+            assert (health["status"], health["warm"], health["models"]) == ("ok", True, {"m": {"ready": True}})
+            assert not health["index"]["fresh"], "without Redis it knows of the caches what it itself sent there"
+            assert health["queue"] == {"waiting": 0, "in_flight": 0}
             (card,) = (await rig.http.get("/v1/models")).json()["data"]
             assert (card["id"], card["max_model_len"]) == ("m", 1000)
             assert (await rig.http.get("/v1/models/m")).json() == card
@@ -576,7 +579,7 @@ def test_metrics_tell_what_happened(model_directory: Path) -> None:
             tokens = len(tokens_of(model_directory, "ab")) + 1
             labels = {"model": "m", "protocol": "http", "endpoint": "/v1/completions"}
             assert rig.metric("baton_requests_total", code="200", **labels) == 1
-            assert rig.metric("baton_requests_total", code="404", **labels) == 1
+            assert rig.metric("baton_requests_total", code="404", **labels | {"model": ""}) == 1
             assert rig.metric("baton_generation_tokens_total", model="m") == tokens
             assert rig.metric("baton_cached_tokens_total", model="m") == 1
             assert rig.metric("baton_time_to_first_token_seconds_count", model="m") == 1
@@ -585,7 +588,10 @@ def test_metrics_tell_what_happened(model_directory: Path) -> None:
             for gauge in ("running", "waiting"):
                 assert rig.metric(f"baton_requests_{gauge}", model="m") == 0
             text = (await rig.http.get("/metrics")).text
-            assert 'baton_worker_kv_cache_usage_ratio{model="m",role="decode",worker="decode-1"} 0.0' in text
+            assert (
+                'baton_worker_kv_cache_usage_ratio{model="m",pool="default",role="decode",worker="decode-1"} 0.0'
+                in text
+            )
 
     asyncio.run(main())
 
@@ -613,7 +619,7 @@ def test_a_bug_of_ours_is_a_shaped_500_that_tells_nothing(
 
     async def main(rig_worker: FakeDecodeWorker) -> None:
         async with running(model_directory, rig_worker) as rig:
-            monkeypatch.setattr("router.generation.Generator.check_model", fail)
+            monkeypatch.setattr("router.catalog.Catalog.find", fail)
             response = await rig.complete()
             assert (response.status_code, error_of(response)["type"]) == (500, "server_error")
             assert (await rig.http.get("/health")).status_code == 200

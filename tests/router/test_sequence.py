@@ -63,3 +63,34 @@ def test_joined_deltas_are_one() -> None:
     first = Delta("a", (1,), prompt_logprobs=((),))
     last = Delta("b", (2, 3), finish_reason="stop", stop_reason="c")
     assert join([first, last]) == Delta("ab", (1, 2, 3), (), "stop", "c", ((),), None)
+
+
+def test_what_another_worker_goes_on_with_is_all_that_came() -> None:
+    sequence = progress(stop=("abx",), sampling=SamplingParams(max_tokens=9, seed=1, prompt_logprobs=0))
+    first = sequence.take(output(*codes("ab"), cached_tokens=1))
+    assert first.text == "" and sequence.generated == codes("ab"), "held back, and yet generated"
+    assert sequence.resume().prompt_logprobs is None and sequence.tokens_max == 7
+    second = sequence.take(output(*codes("cd"), finish=LENGTH, cached_tokens=3))
+    assert (second.text, sequence.completion_tokens, sequence.cached_tokens) == ("abcd", 4, 1)
+
+
+def test_before_the_first_token_everything_is_asked_for_again() -> None:
+    sequence = progress(sampling=SamplingParams(max_tokens=9, seed=1, prompt_logprobs=0))
+    assert sequence.resume() == sequence.request.sampling
+    sequence.take(output(97, cached_tokens=3))
+    assert sequence.cached_tokens == 3
+
+
+def test_the_tokens_themselves_say_when_it_is_over() -> None:
+    by_length = progress(sampling=SamplingParams(max_tokens=3, seed=1))
+    assert by_length.take(output(*codes("ab"))).finish_reason is None
+    assert by_length.take(output(*codes("c"))).finish_reason == "length"
+    by_token = progress(sampling=SamplingParams(max_tokens=9, seed=1, stop_token_ids=(46,)))
+    delta = by_token.take(output(*codes("ab.")))
+    assert (delta.text, delta.finish_reason, delta.stop_reason) == ("ab", "stop", 46)
+
+
+def test_a_text_that_a_stop_string_ends_has_the_timeline_of_its_first_token() -> None:
+    sequence = progress(stop=("b",))
+    assert sequence.take(output(97, timeline=common_pb2.Timeline(queue_s=1.0))).timeline is None
+    assert sequence.take(output(98)).timeline == common_pb2.Timeline(queue_s=1.0)

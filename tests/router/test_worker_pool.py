@@ -1,15 +1,25 @@
 import asyncio
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_worker import LENGTH, STOP, FakeDecodeWorker, failure, is_silent, output, says
-from router_rig import ListedMembership, running
+from fake_worker import LENGTH, STOP, FakeDecodeWorker, failure, is_silent, output, says, speaks
+from listed_membership import ListedMembership
+from router_rig import Rig, running
 
 from baton.ids import RequestId
 from baton.rpc import common_pb2, worker_pb2
-from router.worker_pool import WorkerLost, WorkerPool
+from router.worker_pool import Event, WorkerLost, WorkerPool
+
+
+async def until_usable(rig: Rig, count: int) -> None:
+    pool = rig.router._cluster.pool
+    async with asyncio.timeout(5):
+        while len(pool.usable("m")) != count:
+            await pool.changed()
+
 
 ONE_TOKEN = says([output(5, finish=LENGTH)])
 
@@ -27,9 +37,7 @@ def test_a_worker_lost_before_the_first_token_is_replaced_by_another(model_direc
             asking = asyncio.create_task(rig.complete(return_token_ids=True))
             await first.until(lambda worker: bool(worker.submits))
             rig.membership.change([first.info, second.info])
-            async with asyncio.timeout(5):
-                while len(rig.router._pool.usable()) < 2:
-                    await rig.router._pool.changed()
+            await until_usable(rig, 2)
             await first.stop()
             response = await asking
             assert response.json()["choices"][0]["token_ids"] == [5]
@@ -56,19 +64,50 @@ def test_a_worker_lost_with_nobody_else_is_said_by_name(model_directory: Path) -
     asyncio.run(main())
 
 
-def test_a_worker_lost_amid_a_stream_ends_it_with_an_error(model_directory: Path) -> None:
+def test_a_worker_lost_amid_a_stream_with_nobody_else_ends_it_with_an_error(model_directory: Path) -> None:
     async def main() -> None:
-        worker, other = FakeDecodeWorker(starts_then_hangs), FakeDecodeWorker(is_silent, "decode-2")
-        async with running(model_directory, worker) as rig, other:
+        worker = FakeDecodeWorker(starts_then_hangs)
+        async with running(model_directory, worker) as rig:
             body = {"model": "m", "prompt": "a", "stream": True}
             async with rig.http.stream("POST", "/v1/completions", json=body) as response:
                 lines = response.aiter_lines()
                 assert (await anext(lines)).startswith("data: ")
-                rig.membership.change([worker.info, other.info])
                 await worker.stop()
                 rest = "".join([line async for line in lines])
             assert "decode-1 was lost" in rest and "[DONE]" not in rest
-            assert not other.submits, "it had begun, so it is not begun again"
+            await worker.start()
+
+    asyncio.run(main())
+
+
+def test_a_worker_lost_amid_a_stream_is_no_more_than_a_pause(model_directory: Path) -> None:
+    async def text(rig: Rig, worker: FakeDecodeWorker | None = None) -> str:
+        body = {"model": "m", "prompt": "a", "stream": True, "seed": 1, "max_tokens": 9}
+        async with rig.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            read = [await anext(lines)]
+            if worker is not None:
+                await worker.stop()
+            read += [line async for line in lines]
+        events = [line.removeprefix("data: ") for line in read if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+
+    async def starts_to_speak(submit: worker_pb2.Submit) -> Any:
+        async for each in speaks(submit):
+            yield each
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        worker, other = FakeDecodeWorker(starts_to_speak), FakeDecodeWorker(speaks, "decode-2")
+        async with running(model_directory, other) as rig:
+            undisturbed = await text(rig)
+        async with running(model_directory, worker) as rig, other:
+            asking = asyncio.create_task(text(rig, worker))
+            await worker.until(lambda worker: bool(worker.submits))
+            rig.membership.change([worker.info, other.info])
+            assert await asking == undisturbed
+            assert len(other.submits[-1].generated) == 1
             await worker.start()
 
     asyncio.run(main())
@@ -79,9 +118,7 @@ def test_a_lost_worker_is_used_again_when_it_is_back(model_directory: Path) -> N
         worker = FakeDecodeWorker(ONE_TOKEN)
         async with running(model_directory, worker) as rig:
             await worker.stop()
-            async with asyncio.timeout(5):
-                while rig.router.is_ready:
-                    await rig.router._pool.changed()
+            await until_usable(rig, 0)
             assert (await rig.complete()).status_code == 503
             await worker.start()
             async with asyncio.timeout(5):
@@ -91,15 +128,15 @@ def test_a_lost_worker_is_used_again_when_it_is_back(model_directory: Path) -> N
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("kind", [worker_pb2.ERROR_KIND_OVERLOADED, worker_pb2.ERROR_KIND_UNAVAILABLE])
-def test_a_worker_that_refuses_is_replaced_by_another(model_directory: Path, kind: int) -> None:
+def test_a_worker_that_refuses_is_replaced_by_another(model_directory: Path) -> None:
     async def main() -> None:
-        refusing, willing = FakeDecodeWorker(says([failure(kind)])), FakeDecodeWorker(ONE_TOKEN, "decode-2")
-        async with running(model_directory, refusing, willing) as rig:
-            async with asyncio.timeout(5):
-                while len(rig.router._pool.usable()) < 2:
-                    await rig.router._pool.changed()
-            assert (await rig.complete()).status_code == 200
+        refusal = says([failure(worker_pb2.ERROR_KIND_UNAVAILABLE)])
+        refusing, willing = FakeDecodeWorker(refusal), FakeDecodeWorker(ONE_TOKEN, "decode-2")
+        async with running(model_directory, refusing, failover_wait_s=5) as rig, willing:
+            asking = asyncio.create_task(rig.complete())
+            await refusing.until(lambda worker: bool(worker.submits))
+            rig.membership.change([refusing.info, willing.info])
+            assert (await asking).status_code == 200
             assert (len(refusing.submits), len(willing.submits)) == (1, 1)
 
     asyncio.run(main())
@@ -109,10 +146,8 @@ def test_tries_are_bounded(model_directory: Path) -> None:
     async def main() -> None:
         refusal = says([failure(worker_pb2.ERROR_KIND_OVERLOADED)])
         workers = [FakeDecodeWorker(refusal, f"decode-{number}") for number in range(2)]
-        async with running(model_directory, *workers) as rig:
-            async with asyncio.timeout(5):
-                while len(rig.router._pool.usable()) < 2:
-                    await rig.router._pool.changed()
+        async with running(model_directory, *workers, failover_max=2) as rig:
+            await until_usable(rig, 2)
             assert (await rig.complete()).status_code == 429
             assert sum(len(worker.submits) for worker in workers) == 3
 
@@ -152,10 +187,10 @@ def test_a_draining_worker_gets_nothing_new_and_finishes_what_it_has(model_direc
 
 
 async def pool_of(*workers: FakeDecodeWorker, delays_s: tuple[float, ...] = (0.01,)) -> WorkerPool:
-    pool = WorkerPool(ListedMembership([worker.info for worker in workers]), "m", delays_s)
+    pool = WorkerPool(ListedMembership([worker.info for worker in workers]), reconnect_delays_s=delays_s)
     await pool.start()
     async with asyncio.timeout(5):
-        while len(pool.usable()) < len(workers):
+        while len(pool.usable("m")) < len(workers):
             await pool.changed()
     return pool
 
@@ -174,17 +209,17 @@ def test_a_worker_that_left_keeps_its_stream_until_its_last_request_ends() -> No
     async def main() -> None:
         async with FakeDecodeWorker(starts_then_hangs) as worker:
             membership = ListedMembership([worker.info])
-            pool = WorkerPool(membership, "m")
+            pool = WorkerPool(membership)
             await pool.start()
             async with asyncio.timeout(5):
-                while not pool.is_ready:
+                while not pool.is_ready("m"):
                     await pool.changed()
-            outputs: asyncio.Queue[worker_pb2.TokenOutput | WorkerLost] = asyncio.Queue()
-            pool.submit(worker.info, worker_pb2.Submit(request_id="r"), outputs.put_nowait)
+            outputs: asyncio.Queue[Event] = asyncio.Queue()
+            pool.submit(worker.info, worker_pb2.Submit(request_id="r"), lambda event, _: outputs.put_nowait(event))
             membership.change([])
             first = await outputs.get()
             assert isinstance(first, worker_pb2.TokenOutput) and list(first.token_ids) == [5]
-            assert not pool.usable()
+            assert not pool.usable("m")
             pool.cancel(worker.info, RequestId("r"))
             async with asyncio.timeout(5):
                 while pool._links:
@@ -202,7 +237,7 @@ def test_reconnecting_is_not_a_spin(caplog: pytest.LogCaptureFixture) -> None:
         async with worker:
             pool = await pool_of(worker, delays_s=(3600,))
         async with asyncio.timeout(5):
-            while pool.is_ready:
+            while pool.is_ready("m"):
                 await pool.changed()
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.changed(), 0.3)
@@ -217,8 +252,8 @@ def test_stopping_the_pool_tells_whoever_waits() -> None:
     async def main() -> None:
         async with FakeDecodeWorker(is_silent) as worker:
             pool = await pool_of(worker)
-            outputs: list[worker_pb2.TokenOutput | WorkerLost] = []
-            pool.submit(worker.info, worker_pb2.Submit(request_id="r"), outputs.append)
+            outputs: list[Event] = []
+            pool.submit(worker.info, worker_pb2.Submit(request_id="r"), lambda event, _: outputs.append(event))
             await worker.until(lambda worker: bool(worker.submits))
             await pool.stop()
             assert [type(each) for each in outputs] == [WorkerLost]
