@@ -28,7 +28,8 @@ class PrefillCost:
     def prompt_time_s(self, new: int, cached: int, chunk_tokens: int) -> float:
         """`new` tokens after `cached` ones, in chunks. The sum over the chunks, in closed form: whatever their
         size, their tokens attend to `cached + new / 2` tokens on average."""
-        return self.chunk_time_s(new, cached + new / 2) + self.chunk_s * (-(-new // chunk_tokens) - 1)
+        chunks = -(-new // chunk_tokens)
+        return self.chunk_s * chunks + self.token_s * new + self.token_context_s * new * (cached + new / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,31 @@ class TransferCost:
 
 
 @dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one engine step computes: one more token for each of some sequences, chunks of some prompts, or both."""
+
+    sequences: int = 0
+    """That decode."""
+    kv_tokens: int = 0
+    """That these attend to, all together."""
+    new_tokens: int = 0
+    """Of prompts."""
+    token_context: float = 0.0
+    """The sum of `new * context` over the chunks, as PrefillCost has it."""
+    steps: int = 1
+    """More where some were not timed apart: chunks of prompts, and the last of the steps with anything else."""
+
+    def __add__(self, other: "StepWork") -> "StepWork":
+        return StepWork(
+            self.sequences + other.sequences,
+            self.kv_tokens + other.kv_tokens,
+            self.new_tokens + other.new_tokens,
+            self.token_context + other.token_context,
+            self.steps + other.steps,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLatency:
     """What one worker publishes about itself."""
 
@@ -60,6 +86,18 @@ class WorkerLatency:
     """KV blocks between this worker and another, by the links it has used."""
     restore: Mapping[Tier, TransferCost] = field(default_factory=dict)
     """From a lower tier into HBM; only the tiers that the worker has."""
+
+    def step_time_s(self, work: StepWork) -> float:
+        """A step of both kinds costs what its chunks cost, and what its sequences add to a decode step: the weights
+        are read once."""
+        if not work.new_tokens:
+            return self.decode.step_time_s(work.sequences, work.kv_tokens)
+        chunks_s = self.prefill.chunk_s * work.steps + self.prefill.token_s * work.new_tokens
+        return chunks_s + self.prefill.token_context_s * work.token_context + self.added_decode_s(work)
+
+    def added_decode_s(self, work: StepWork) -> float:
+        """What a step's decoding sequences add to it."""
+        return self.decode.sequence_s * work.sequences + self.decode.kv_token_s * work.kv_tokens
 
 
 DEFAULT_LATENCY = WorkerLatency(

@@ -3,16 +3,19 @@
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from baton.clock import Clock, monotonic
 from baton.errors import BatonError, InvalidRequest
 from baton.ids import RequestId
-from baton.sampling import PositionLogprobs
+from baton.sampling import PositionLogprobs, SamplingParams
 from baton.settings import WorkerSettings
 from engine.batch import Draw, Drawn, Row
+from engine.cache_journal import CacheJournal
 from engine.device_region import DeviceRegion
 from engine.interface import (
     Admitted,
@@ -24,6 +27,7 @@ from engine.interface import (
     ModelInfo,
     Prefill,
     StepResult,
+    StepTiming,
 )
 from engine.model.loader import LoadedModel, load_model
 from engine.pool_size import pool_blocks
@@ -31,7 +35,9 @@ from engine.rows import draw_for, row_of, written_by
 from engine.runner import ModelRunner, StepLogits, kv_layout
 from engine.sampler import sample
 from engine.scheduler import Chunk, Limits, Scheduler
+from engine.self_test import measure_steps, step_shapes
 from engine.sequence import LiveSequence, Stage, begin_sequence, check_request
+from engine.stopwatch import Stopwatch, work_of
 from kvcache.block_pool import BlockPool
 from kvtransfer.interface import Region
 from kvtransfer.region import HostRegion
@@ -85,13 +91,17 @@ class LocalEngine(Generic[AnyLogits]):
         limits: Limits,
         listener: LayerListener | None = None,
         seeds: Callable[[], int] = draw_seed,
+        clock: Clock = monotonic,
     ) -> None:
-        """`seeds` gives the seed of each request that comes without one."""
+        """`seeds` gives the seed of each request that comes without one; `clock` times the steps."""
         assert model.context_length <= model.layout.blocks * model.layout.block_tokens
         self.model, self.region = model, region
         self._runner, self._sample = runner, sample
         self._listener, self._seeds = listener, seeds
-        self._scheduler = Scheduler(BlockPool(model.layout.blocks), model.layout.block_tokens, limits)
+        self._journal = CacheJournal()
+        pool = BlockPool(model.layout.blocks, self._journal)
+        self._scheduler = Scheduler(pool, model.layout.block_tokens, limits)
+        self._clock, self._stopwatch = clock, Stopwatch(clock)
         self._sequences: dict[RequestId, LiveSequence] = {}
         self._arrivals = count()
         self._commits: dict[RequestId, Drawn] = {}
@@ -145,6 +155,8 @@ class LocalEngine(Generic[AnyLogits]):
     def abort(self, request_id: RequestId) -> None:
         if sequence := self._sequences.get(request_id):
             self._forget(sequence)
+            if not self._scheduler.running:
+                self._stopwatch.reset()
 
     def commit(self, request_id: RequestId, first_token: int, logprobs: tuple[PositionLogprobs, ...]) -> None:
         if sequence := self._sequences.get(request_id):
@@ -173,14 +185,23 @@ class LocalEngine(Generic[AnyLogits]):
         return bool(self._scheduler.running or self._commits) or self._scheduler.can_admit
 
     def step(self) -> StepResult:
+        result = self._step()
+        changes = self._journal.take()
+        return replace(result, cache_changes=changes) if changes else result
+
+    def _step(self) -> StepResult:
         if not (self._told_news and self._scheduler.running):
             news = self._news()
-            self._told_news = bool(news.admitted or news.generated)
+            self._told_news = bool(news)
             if self._told_news:
                 return news
         self._told_news = False
+        self._stopwatch.begin()
         chunks = self._scheduler.schedule()
-        return self._compute(chunks) if chunks else StepResult()
+        if chunks:
+            return self._compute(chunks)
+        self._stopwatch.reset()
+        return StepResult()
 
     def _news(self) -> StepResult:
         admitted = [
@@ -205,11 +226,14 @@ class LocalEngine(Generic[AnyLogits]):
             drawn = self._sample(logits, [draw_for(sequence) for sequence in sampling])
         except Exception as error:
             log.exception("A step of %d rows failed", len(chunks))
+            self._stopwatch.reset()
             return self._fail([chunk.sequence for chunk in chunks], error)
         for chunk, logprobs in zip(chunks, logits.prompt_logprobs, strict=True):
             chunk.sequence.prompt_logprobs += logprobs
             self._scheduler.advance(chunk)
-        return StepResult(generated=tuple(map(self._accept, sampling, drawn)))
+        work = work_of((chunk.start, chunk.end) for chunk in chunks)
+        timing = self._stopwatch.end(work, is_done=bool(sampling) or self.region.is_host)
+        return StepResult(generated=tuple(map(self._accept, sampling, drawn)), timing=timing)
 
     def _on_layer(self, chunks: Sequence[Chunk]) -> OnLayer | None:
         listener, block_tokens = self._listener, self.model.layout.block_tokens
@@ -247,6 +271,27 @@ class LocalEngine(Generic[AnyLogits]):
             self._forget(sequence)
         return StepResult(failed=tuple(Failed(sequence.request_id, reason) for sequence in sequences))
 
+    # ---- the self-test
+
+    def self_test(self) -> tuple[StepTiming, ...]:
+        """Measures steps of many sizes, for `self_test.SECONDS_MAX` or so. Only before the first request: it uses
+        free blocks and frees them. It leaves nothing in the prefix cache and tells no listener."""
+        limits, model, pool = self._scheduler.limits, self.model, self._scheduler.pool
+        shapes = step_shapes(model.layout, model.context_length, limits.chunk_tokens, limits.sequences_max)
+        blocks = pool.allocate(pool.free)
+        try:
+            return measure_steps(shapes, blocks, model.layout, model.vocabulary_size, self._measure, self._clock)
+        finally:
+            pool.release(blocks)
+
+    def _measure(self, rows: Sequence[Row]) -> StepTiming:
+        greedy = SamplingParams(temperature=0)
+        spans = [(row.start, row.start + len(row.token_ids)) for row in rows]
+        draws = [Draw(greedy, 0, range(end), (), frozenset()) for _, end in spans]
+        began_s = self._clock()
+        self._sample(self._runner.forward(rows, None), draws)
+        return StepTiming(work_of(spans), self._clock() - began_s)
+
     # ---- state
 
     def stats(self) -> EngineStats:
@@ -255,6 +300,8 @@ class LocalEngine(Generic[AnyLogits]):
             running_sequences=len(scheduler.running),
             waiting_sequences=len(scheduler.waiting) + len(scheduler.reserved),
             waiting_tokens=scheduler.waiting_tokens,
+            waiting_token_context=scheduler.waiting_token_context,
+            kv_tokens=scheduler.kv_tokens,
             kv_blocks_total=pool.total,
             kv_blocks_used=pool.used,
             kv_blocks_cached=pool.cached,

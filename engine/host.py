@@ -3,24 +3,29 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from collections.abc import Awaitable, Callable, Iterator
 
 import grpc.aio
 from prometheus_client import CollectorRegistry, start_http_server
 
+from baton.clock import Clock, monotonic
+from baton.cluster.cache_publisher import CacheEventPublisher
 from baton.cluster.membership import Membership
 from baton.cluster.redis_client import connect_redis
 from baton.cluster.worker_info import Load, Role, State, WorkerInfo
 from baton.errors import SettingsError
 from baton.ids import WorkerId, new_worker_id
+from baton.latency_fit import LatencyFit
 from baton.rpc import worker_pb2, worker_pb2_grpc
 from baton.service import GrpcService
 from baton.settings import WorkerSettings
+from engine.arrival_rate import ArrivalRate
 from engine.core import LocalEngine
 from engine.interface import LayerListener, ModelInfo, StepResult
+from engine.latency_metrics import LatencyMetrics
 from engine.metrics import EngineMetrics
 from engine.thread import EngineThread
+from engine.worker_servicer import WorkerServicer
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +40,9 @@ class WorkerHost:
     """A worker without its role.
 
     The role gives `on_result` (called on the loop with each engine step's outcome), optionally a layer
-    listener (called on the engine thread), and registers its own gRPC service at `serve`.
+    listener (called on the engine thread), and registers its own gRPC service at `serve`. It tells of each request
+    that arrives, and of each transfer; what engine steps say about the worker's speed and its prefix cache is seen to
+    here.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class WorkerHost:
         settings: WorkerSettings,
         on_result: Callable[[StepResult], None],
         layer_listener: LayerListener | None = None,
+        clock: Clock = monotonic,
     ) -> None:
         self.role, self.settings = role, settings
         self.worker_id = WorkerId(settings.worker_id) if settings.worker_id else new_worker_id(role)
@@ -51,29 +59,49 @@ class WorkerHost:
         self.registry = CollectorRegistry()
         self._on_result, self._layer_listener = on_result, layer_listener
         self._epoch = secrets.token_hex(8)
+        self._fit = LatencyFit()
+        self._arrivals = ArrivalRate(clock)
+        self._events: CacheEventPublisher | None = None
         self._exits: list[Callable[[], object]] = []
 
     async def load(self) -> None:
         """Loads the model and allocates the pool, on the engine's thread. Raises as LocalEngine.load does."""
         self.engine = EngineThread(
             lambda: LocalEngine.load(self.settings, self._layer_listener),
-            self._on_result,
+            self._take,
             asyncio.get_running_loop(),
         )
         await self.engine.started()
         self.model: ModelInfo = self.engine.model
         EngineMetrics(self.registry, self.role, self.model.name, self.engine.stats)
+        self._latency_metrics = LatencyMetrics(self.registry, self.role, self.model.name, lambda: self._fit.latency)
+        if self.settings.self_test:
+            await self._self_test()
+
+    async def _self_test(self) -> None:
+        """A worker that fails it may serve all the same; its speed is then learned from what it serves."""
+        try:
+            timings = await self.engine.call(lambda engine: engine.self_test())
+        except Exception:
+            log.warning("The self-test failed; this worker's speed is not known yet", exc_info=True)
+            return
+        for timing in timings:
+            self._fit.observe_step(timing.work, timing.duration_s)
+        log.info("measured by %d steps: %s", len(timings), self._fit.latency)
 
     async def serve(self, service: str, register: Callable[[grpc.aio.Server], None]) -> None:
         """Starts to listen, and announces the worker as ready."""
         settings = self.settings
         redis = await connect_redis(settings.redis_url)
         self._exits.append(redis.aclose)
+        self._events = CacheEventPublisher(redis, settings.key_prefix, self.worker_id, self._epoch)
+        await self._events.start()
+        self._exits.append(self._events.close)
         self._grpc = GrpcService(settings.host, settings.grpc_port, [service, "baton.v1.Worker"])
 
         def register_all(server: grpc.aio.Server) -> None:
             register(server)
-            worker_pb2_grpc.add_WorkerServicer_to_server(_StatusServicer(self), server)
+            worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(self.status, self.cache_snapshot), server)
 
         await self._grpc.start(register_all)
         self._exits.append(self._grpc.stop)
@@ -99,13 +127,40 @@ class WorkerHost:
 
         self._exits.append(close)
 
+    # ---- what is measured, and what changes
+
+    def _take(self, result: StepResult) -> None:
+        if timing := result.timing:
+            self._latency_metrics.measured_step(timing)
+            self._fit.observe_step(timing.work, timing.duration_s)
+        if result.cache_changes and self._events is not None:
+            self._events.record(result.cache_changes)
+        self._on_result(result)
+
+    def arrived(self) -> None:
+        """A request came, whatever becomes of it."""
+        self._arrivals.arrived()
+
+    def transferred(self, size_bytes: int, seconds: float) -> None:
+        """KV of one request was moved between this worker and another."""
+        if size_bytes:
+            self._latency_metrics.measured_transfer(size_bytes, seconds)
+            self._fit.observe_transfer(size_bytes, seconds)
+
+    def cache_snapshot(self) -> Iterator[worker_pb2.CacheSnapshot]:
+        """After `serve`. Of this moment, however slowly it is read."""
+        assert self._events is not None
+        return self._events.inventory().messages()
+
+    # ---- how it is
+
     @property
     def address(self) -> str:
         return f"{self.settings.reachable_host}:{self._grpc.port}"
 
     @property
     def info(self) -> WorkerInfo:
-        stats = self.engine.stats()
+        stats, layout = self.engine.stats(), self.model.layout
         return WorkerInfo(
             worker_id=self.worker_id,
             role=self.role,
@@ -115,16 +170,26 @@ class WorkerHost:
             fingerprint=self.model.fingerprint,
             context_length=self.model.context_length,
             vocabulary_size=self.model.vocabulary_size,
-            block_tokens=self.model.layout.block_tokens,
-            kv_dtype=self.model.layout.dtype,
-            kv_blocks_total=self.model.layout.blocks,
+            block_tokens=layout.block_tokens,
+            kv_dtype=layout.dtype,
+            kv_blocks_total=layout.blocks,
+            kv_block_bytes=layout.block_bytes,
+            layers=layout.layers,
+            chunk_tokens=self.settings.chunk_tokens,
+            sequences_max=self.settings.sequences_max,
+            pool=self.settings.pool,
+            latency=self._fit.latency,
             epoch=self._epoch,
+            cache_sequence=self._events.sequence if self._events else 0,
             load=Load(
                 running_sequences=stats.running_sequences,
                 waiting_sequences=stats.waiting_sequences,
                 waiting_tokens=stats.waiting_tokens,
+                waiting_token_context=stats.waiting_token_context,
                 kv_blocks_used=stats.kv_blocks_used,
                 kv_blocks_cached=stats.kv_blocks_cached,
+                kv_tokens=stats.kv_tokens,
+                arrivals_per_s=self._arrivals.per_s,
             ),
         )
 
@@ -171,19 +236,3 @@ class WorkerHost:
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_cached=stats.kv_blocks_cached,
         )
-
-
-StatusContext: TypeAlias = "grpc.aio.ServicerContext[worker_pb2.GetStatusRequest, worker_pb2.WorkerStatus]"
-
-
-class _StatusServicer(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, host: WorkerHost) -> None:
-        self._host = host
-
-    async def GetStatus(  # noqa: N802 - gRPC's name
-        self,
-        request: worker_pb2.GetStatusRequest,
-        context: StatusContext,
-    ) -> worker_pb2.WorkerStatus:
-        del request, context
-        return self._host.status()

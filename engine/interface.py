@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from baton.cluster.cache_events import CacheChanges
 from baton.errors import BatonError
 from baton.ids import BlockId, RequestId
+from baton.latency import StepWork
 from baton.layout import KVLayout
 from baton.sampling import PositionLogprobs as PositionLogprobs
 from baton.sampling import SamplingParams
@@ -41,11 +43,20 @@ class EngineRequest:
     sampling: SamplingParams
     prefill: Prefill
     cache_salt: str = ""
+    generated: tuple[int, ...] = ()
+    """What another engine generated after the prompt before it was lost. This one goes on as if it had generated
+    that itself, and tells only what comes after: positions, penalties, min_tokens and max_tokens count it, and it
+    belongs to what Prefill speaks of as the prompt."""
+
+    @property
+    def known_tokens(self) -> int:
+        """Of prompt and what was generated before: what is to be computed before the next token can be drawn."""
+        return len(self.prompt) + len(self.generated)
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The request left the queue and holds blocks for its whole prompt.
+    """The request left the queue and holds blocks for all its known tokens.
 
     `blocks` stay the request's own until it finishes, is aborted, or (Prefill.ONLY) released.
     The first `cached_tokens` tokens, always whole blocks, were found in the prefix cache.
@@ -78,16 +89,31 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTiming:
+    """What was computed, and how long it took."""
+
+    work: StepWork
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     admitted: tuple[Admitted, ...] = ()
     generated: tuple[Generated, ...] = ()
     failed: tuple[Failed, ...] = ()
+    timing: StepTiming | None = None
+    """Of a step that computed and was waited for; on a device that is not every one (engine/stopwatch.py)."""
+    cache_changes: CacheChanges = CacheChanges()  # noqa: RUF009 - frozen, and nobody changes its mappings
+
+    def __bool__(self) -> bool:
+        """Whether it says anything."""
+        return bool(self.admitted or self.generated or self.failed or self.timing or self.cache_changes)
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksWritten:
-    """In one layer, a request's blocks `[first, end)` (indices into its prompt's blocks) have their
-    final content: every token that the prompt puts in them is computed."""
+    """In one layer, a request's blocks `[first, end)` (indices into those it was admitted with) have their
+    final content: every known token in them is computed."""
 
     request_id: RequestId
     first: int
@@ -119,6 +145,10 @@ class EngineStats:
     waiting_sequences: int = 0
     waiting_tokens: int = 0
     """Prompt tokens still to compute here, of waiting and running requests alike."""
+    waiting_token_context: float = 0.0
+    """The sum of `new * context` over these, as baton.latency.PrefillCost has it."""
+    kv_tokens: int = 0
+    """That the running sequences attend to: all they have computed."""
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     """Held by a request."""
@@ -141,7 +171,8 @@ class Engine(Protocol):
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises InvalidRequest if it can never be served: an empty prompt, ids
-        outside the vocabulary, longer than the context; Overloaded if the queue is full."""
+        outside the vocabulary, longer than the context, `generated` complete already; Overloaded if the queue
+        is full."""
 
     def abort(self, request_id: RequestId) -> None:
         """Forgets the request and frees its blocks; unknown ids are ignored."""

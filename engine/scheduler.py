@@ -238,6 +238,16 @@ class Scheduler:
         queued = sum(len(s.tokens) for s in self.waiting if s.prefill is not Prefill.ELSEWHERE)
         return queued + sum(s.remaining for s in self.running if s.remaining > 1)
 
+    @property
+    def waiting_token_context(self) -> float:
+        """The sum of `new * context` over these, as PrefillCost has it."""
+        queued = sum(len(s.tokens) ** 2 / 2 for s in self.waiting if s.prefill is not Prefill.ELSEWHERE)
+        return queued + sum(s.remaining * (s.computed + s.remaining / 2) for s in self.running if s.remaining > 1)
+
+    @property
+    def kv_tokens(self) -> int:
+        return sum(s.computed for s in self.running)
+
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_tokens)
 

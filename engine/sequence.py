@@ -25,9 +25,10 @@ class Stage(Enum):
 class LiveSequence:
     """Mutable, owned by the scheduler and the engine core.
 
-    `tokens` are prompt and output; the keys and values of the first `computed` of them lie in `blocks`,
-    and the first `published` of the blocks are known to the prefix cache. Between steps a sequence that
-    decodes has exactly one token left to compute, the one drawn last.
+    `tokens` are prompt and output, and `output` starts with what was generated before the request came here. The
+    keys and values of the first `computed` tokens lie in `blocks`, and the first `published` of the blocks are known
+    to the prefix cache. Between steps a sequence that decodes has exactly one token left to compute, the one drawn
+    last.
     """
 
     request: EngineRequest
@@ -41,7 +42,7 @@ class LiveSequence:
     prefill: Prefill = field(init=False)
     """Where the prompt is computed from now on: ELSEWHERE becomes HERE once this engine can go on alone."""
     tokens: list[int] = field(init=False)
-    output: list[int] = field(default_factory=list)
+    output: list[int] = field(init=False)
     stage: Stage = Stage.WAITING
     blocks: list[BlockId] = field(default_factory=list)
     computed: int = 0
@@ -53,7 +54,8 @@ class LiveSequence:
 
     def __post_init__(self) -> None:
         self.prefill = self.request.prefill
-        self.tokens = list(self.request.prompt)
+        self.tokens = [*self.request.prompt, *self.request.generated]
+        self.output = list(self.request.generated)
 
     @property
     def request_id(self) -> RequestId:
@@ -98,19 +100,30 @@ def check_request(request: EngineRequest, model: ModelInfo) -> None:
     prompt, sampling = request.prompt, request.sampling
     if not prompt:
         raise InvalidRequest("The prompt is empty; it needs at least one token.", "prompt")
-    if min(prompt) < 0 or max(prompt) >= model.vocabulary_size:
-        raise InvalidRequest(f"The prompt's token ids must be from 0 to {model.vocabulary_size - 1}.", "prompt")
-    if len(prompt) >= model.context_length:
+    for name, tokens in (("prompt", prompt), ("generated", request.generated)):
+        if tokens and (min(tokens) < 0 or max(tokens) >= model.vocabulary_size):
+            raise InvalidRequest(f"Token ids must be from 0 to {model.vocabulary_size - 1}.", name)
+    if request.known_tokens >= model.context_length:
         raise InvalidRequest(
-            f"The prompt has {len(prompt)} tokens, but the context of {model.context_length} must hold it "
+            f"The prompt has {request.known_tokens} tokens, but the context of {model.context_length} must hold it "
             "and at least one more.",
             "prompt",
         )
+    if request.generated:
+        _check_unfinished(request, model)
     sampling.check_vocabulary(model.vocabulary_size)
-    if sampling.prompt_logprobs is not None and request.prefill is not Prefill.HERE:
+    if sampling.prompt_logprobs is not None and not request.generated and request.prefill is not Prefill.HERE:
         raise InvalidRequest("prompt_logprobs need the prompt to be computed where it decodes.", "prompt_logprobs")
     if sampling.min_tokens and len(_stop_token_ids(request, model)) >= model.vocabulary_size:
         raise InvalidRequest("min_tokens leaves no token to draw: every one of them is a stop token.", "min_tokens")
+
+
+def _check_unfinished(request: EngineRequest, model: ModelInfo) -> None:
+    generated, max_tokens = request.generated, request.sampling.max_tokens
+    if max_tokens is not None and len(generated) >= max_tokens:
+        raise InvalidRequest(f"All {max_tokens} tokens were generated already.", "generated")
+    if generated[-1] in _stop_token_ids(request, model):
+        raise InvalidRequest("What was generated ends with a stop token; nothing comes after it.", "generated")
 
 
 def begin_sequence(request: EngineRequest, model: ModelInfo, arrival: int, seed: int) -> LiveSequence:

@@ -186,7 +186,7 @@ class EngineThread(Generic[E]):
     def _step(self, engine: E) -> None:
         result = engine.step()
         self._stats = engine.stats()
-        if result.admitted or result.generated or result.failed:
+        if result:
             with self._changed:
                 self._results_out += 1
             self._tell(lambda: self._take_in(result))

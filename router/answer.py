@@ -10,12 +10,15 @@ from baton.rpc import common_pb2
 from router.catalog import ServedModel
 from router.frontend import Order
 from router.generation import Generation, Usage
+from router.http_errors import json_text
 from router.openai_requests import GenerationRequest
 from router.openai_responses import UsageInfo
 from router.sequence import Delta, SequenceRequest, join
 
 Json = Mapping[str, Any]
 Request = TypeVar("Request", bound=GenerationRequest)
+MARK = "\x00"
+"""Stands for the text in what is written around it; no id or name has it."""
 LOGPROB_MIN = -9999.0
 """What OpenAI writes for a token that cannot be; JSON has no infinity."""
 
@@ -34,6 +37,8 @@ class Answer(ABC, Generic[Request]):
         self._created_s = created_s
         self._model = request.model or served.name
         self._timeline: Json | None = None
+        self._has_plain_deltas = not (self.shows_tokens or request.has_continuous_usage)
+        self._frames: dict[int, tuple[str, str]] = {}
 
     @abstractmethod
     def choice(self, index: int, delta: Delta, *, is_whole: bool) -> Json:
@@ -51,6 +56,21 @@ class Answer(ABC, Generic[Request]):
     def shows_tokens(self) -> bool:
         """Whether a delta is worth a chunk though its text is still held back."""
         return bool(self.request.return_token_ids)
+
+    def event(self, index: int, delta: Delta) -> str | None:
+        """A chunk of the stream as JSON; None where the delta has nothing to show yet."""
+        if self._has_plain_deltas and delta.finish_reason is None:
+            return self._plain_event(index, delta.text) if delta.text else None
+        chunk = self.chunk(index, delta)
+        return None if chunk is None else json_text(chunk)
+
+    def _plain_event(self, index: int, text: str) -> str:
+        """All but the text is the same in nearly every event, and is written once: it takes longer than the rest."""
+        if (frame := self._frames.get(index)) is None:
+            plain = self.wrap([self.choice(index, Delta(MARK, ()), is_whole=False)])
+            before, after = json_text(plain).split(json_text(MARK))
+            frame = self._frames[index] = before, after
+        return frame[0] + json_text(text) + frame[1]
 
     def chunk(self, index: int, delta: Delta) -> Json | None:
         """None where the delta has nothing to show yet."""

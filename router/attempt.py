@@ -116,8 +116,6 @@ class Attempt:
     def _started(self, output: worker_pb2.TokenOutput, now_s: float) -> None:
         timeline = output.timeline if output.HasField("timeline") else None
         self.first_token_s = now_s
-        if timeline is not None and (prefill_s := self._prefill_s(timeline)):
-            self.books.placer.actual(self.wire_id, prefill_s=prefill_s)
         self.books.placer.first_token(self.wire_id)
         self.books.has_room()
         self._compare_ttft(now_s - self.placed_s)
@@ -125,18 +123,11 @@ class Attempt:
         for worker_id in output.failed_prefill_workers:
             self.books.cooldowns.failed(WorkerId(worker_id), self.placed_s)
 
-    def _prefill_s(self, timeline: common_pb2.Timeline) -> float:
-        """Of the prefill worker that was planned; 0 where the prompt was computed elsewhere. A decode worker's own
-        is not told apart from its wait for the steps of others."""
-        planned = self.decision.chosen.prefill
-        return timeline.prefill_s if planned is not None and timeline.prefill_worker == planned.worker_id else 0.0
-
     def _compare_ttft(self, ttft_s: float) -> None:
         if (predicted_s := self.decision.chosen.terms.ttft_s) > 0:
             self.books.metrics.ttft_error_ratio.observe(ttft_s / predicted_s)
 
     def _compare_itl(self, itl_s: float) -> None:
-        self.books.placer.actual(self.wire_id, itl_s=itl_s)
         if (predicted_s := self.decision.chosen.itl_s) > 0:
             self.books.metrics.itl_error_ratio.observe(itl_s / predicted_s)
 

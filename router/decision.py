@@ -1,5 +1,6 @@
 """What a placement decision says: who was chosen, at what price, who else there was. In seconds throughout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.cluster.worker_info import WorkerInfo
@@ -8,7 +9,8 @@ from baton.ids import WorkerId
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """One placement's cost. The first five are the request's own wait for its first token."""
+    """One placement's cost. The first five are the request's own wait for its first token, the sixth is its wait
+    for all the others; the last three are what it makes others wait."""
 
     queue_s: float = 0.0
     restore_s: float = 0.0
@@ -19,6 +21,8 @@ class Terms:
     """The part that the prefill does not hide."""
     admission_s: float = 0.0
     """Until the decode worker has room, and its running step is over."""
+    decode_s: float = 0.0
+    """The steps that generate the tokens expected of it."""
     others_decode_s: float = 0.0
     """A longer decode step for each sequence running there, times the tokens it has left."""
     others_queue_s: float = 0.0
@@ -32,7 +36,8 @@ class Terms:
 
     @property
     def total_s(self) -> float:
-        return self.ttft_s + self.others_decode_s + self.others_queue_s + self.others_evicted_s
+        own_s = self.ttft_s + self.decode_s
+        return own_s + self.others_decode_s + self.others_queue_s + self.others_evicted_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,8 @@ class Decision:
     chosen: Candidate
     prefill_fallbacks: tuple[WorkerInfo, ...]
     """Who computes the prompt if the chosen prefill worker fails; best first."""
-    others: tuple[Candidate, ...]
-    """The best of those not chosen, best first; a bounded number."""
+    others: Sequence[Candidate]
+    """The best of those not chosen, best first; a bounded number. Built where somebody looks: most never are."""
     considered: int
     """Pairs, the chosen one included."""
     excluded: tuple[Excluded, ...]

@@ -1,16 +1,46 @@
 """Turns tokens into text as they come, never splitting a character."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 """What an incomplete or invalid UTF-8 sequence decodes to."""
 CHARACTER_TOKENS_MAX = 4
 """A UTF-8 character has at most four bytes, and a token at least one."""
 PRIMING_TOKENS = 6
+_Utf8Decoder = getincrementaldecoder("utf-8")
 
 
-class Detokenizer:
-    """Texts from `feed` and the last one from `flush`, joined, are `decode` of all tokens fed.
+class Detokenizer(Protocol):
+    """Texts from `feed` and the last one from `flush`, joined, are what all tokens fed decode to."""
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes."""
+
+    def flush(self) -> str:
+        """What was held back for a character that did not come."""
+
+
+class ByteDetokenizer:
+    """For vocabularies whose tokens are bytes, whatever their neighbours: byte-level BPE, as most models have it.
+
+    `bytes_of` a token that makes no text is empty. `preceding` is the text's context: what comes out continues it.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes], preceding: Sequence[int] = ()) -> None:
+        self._bytes_of, self._decoder = bytes_of, _Utf8Decoder("replace")
+        self._decoder.decode(b"".join(map(bytes_of, preceding[-PRIMING_TOKENS:])))
+
+    def feed(self, token: int) -> str:
+        return self._decoder.decode(self._bytes_of(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For all others.
 
     Decoders look at neighbours (a leading space is dropped from the first token only, a character's bytes may
     lie in several tokens), but never far: a window is decoded that starts at the previous clean end of text,
@@ -33,7 +63,6 @@ class Detokenizer:
         self._restart(self._window)
 
     def feed(self, token: int) -> str:
-        """The text that this token completes."""
         if self._is_silent(token):
             return ""
         self._window.append(token)
@@ -49,7 +78,6 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What was held back for a character that did not come."""
         return self._decode(self._window)[self._sent :]
 
     def _restart(self, window: list[int]) -> None:

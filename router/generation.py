@@ -149,7 +149,8 @@ class Generation:
         self._searches: dict[int, asyncio.Task[None]] = {}
         # Bounded by the tokens asked for: one event a sequence and engine step.
         self._events: deque[tuple[int, Event | _Ending]] = deque()
-        self._has_events = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
+        """Of `next`, for an event."""
         self._ends_at_s = 0.0
         self._expired = DeadlineExceeded()
         self._timer: asyncio.TimerHandle | None = None
@@ -191,8 +192,8 @@ class Generation:
         Raises the BatonError that ended the request."""
         while self._unfinished:
             if not self._events:
-                self._has_events.clear()
-                await self._has_events.wait()
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
             index, event = self._events.popleft()
             if isinstance(event, _Ending):
                 raise event.error
@@ -354,11 +355,15 @@ class Generation:
 
     def _put(self, index: int, event: Event | _Ending) -> None:
         self._events.append((index, event))
-        self._has_events.set()
+        self._wake()
 
     def _expire(self) -> None:
         self._events.appendleft((0, _Ending(self._expired)))
-        self._has_events.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 def _submit(wire_id: RequestId, sequence: SequenceProgress, decision: Decision, deadline_s: float) -> worker_pb2.Submit:

@@ -16,7 +16,9 @@ CLIENT_LEFT = 499
 
 class Door:
     """ASGI middleware, outermost. The id is `scope["state"]["request_id"]`, and goes back in a header; who serves the
-    request sets `scope["state"]["model"]` to the name of the model that it concerns, if any.
+    request sets `scope["state"]["model"]` to the name of the model that it concerns, if any. The middlewares, this one
+    included, look at how a response starts and ends; what lies between may go by `scope["state"]["send_part"]` instead,
+    which is the server's own.
 
     `endpoints` are the paths that have a metric of their own.
     """
@@ -30,7 +32,7 @@ class Door:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = request_id_from(given)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, send_part=send)
         status, is_complete = 0, False
 
         async def send_with_id(message: Message) -> None:

@@ -80,8 +80,8 @@ async def _write_events(
             await send_event(chunk)
         item: tuple[int, Delta] | None = first
         while item is not None:
-            if (chunk_or_none := answer.chunk(*item)) is not None:
-                await send_event(chunk_or_none)
+            if (event := answer.event(*item)) is not None:
+                await send_event(event)
             item = await generation.next()
         for chunk in answer.closing():
             await send_event(chunk)

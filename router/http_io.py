@@ -76,11 +76,11 @@ class EventStream(Response):
         self._write, self._close, self._timeout_s = write, close, timeout_s + STALL_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope
+        send_part = scope["state"].get("send_part", send)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with asyncio.timeout(self._timeout_s):
-                await while_connected(receive, self._write(_event_sender(send)))
+                await while_connected(receive, self._write(_event_sender(send_part)))
             await send({"type": "http.response.body", "body": b""})
         except (ClientDisconnect, TimeoutError):
             pass  # nobody reads any more

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from baton.rpc import common_pb2, worker_pb2
 from baton.rpc.convert import logprobs_from_proto
@@ -37,8 +37,7 @@ class SequenceRequest:
     """False: only the prompt's logprobs are asked for, and the one token that has to be made is dropped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one engine step added to a sequence."""
 
     text: str
@@ -125,7 +124,11 @@ class SequenceProgress:
         text = ""
         spoken = token_ids[:-1] if reason == "stop" and not self.request.include_stop else token_ids
         for count, token in enumerate(spoken, 1):
-            scanned = self._scan(self._detokenizer.feed(token), self.completion_tokens + count)
+            piece = self._detokenizer.feed(token)
+            if not self.request.stop:
+                text += piece
+                continue
+            scanned = self._scan(piece, self.completion_tokens + count)
             text += scanned.text
             if scanned.matched is not None:
                 return text, count, scanned.matched

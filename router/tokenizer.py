@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
+from tokenizers import decoders
 from transformers import AutoTokenizer
 
 from baton.errors import InvalidRequest, SettingsError
-from router.detokenizer import Detokenizer
+from router.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -22,7 +23,7 @@ TEXT_THREADS = 2
 
 
 class Tokenizer:
-    """One model's. Thread-safe: nothing here changes after loading."""
+    """One model's. Thread-safe, the detokenizers apart."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -32,6 +33,8 @@ class Tokenizer:
             self._backend.no_padding()
         self._special_ids = _special_ids(tokenizer, self._backend)
         self._byte_of = _byte_alphabet() if self._is_byte_level() else {}
+        self._spoken = _TokenBytes(self.token_bytes, silent=self._special_ids)
+        self._written = _TokenBytes(self.token_bytes, silent=frozenset())
 
     @classmethod
     def load(cls, directory: Path, *, trust_remote_code: bool = False) -> "Tokenizer":
@@ -59,8 +62,11 @@ class Tokenizer:
         return text
 
     def detokenizer(self, *, skip_special_tokens: bool = True, preceding: Sequence[int] = ()) -> Detokenizer:
+        if self._decodes_bytes():
+            token_bytes = self._spoken if skip_special_tokens else self._written
+            return ByteDetokenizer(token_bytes.__getitem__, preceding)
         skipped = self._special_ids if skip_special_tokens else frozenset()
-        return Detokenizer(self.decode, lambda token: token in skipped or not self._is_known(token), preceding)
+        return WindowDetokenizer(self.decode, lambda token: token in skipped or not self._is_known(token), preceding)
 
     def token_bytes(self, token: int) -> bytes:
         """What the token stands for, even where that is part of a character."""
@@ -110,6 +116,22 @@ class Tokenizer:
     def _is_byte_level(self) -> bool:
         decoder = getattr(self._backend, "decoder", None)
         return decoder is not None and b"ByteLevel" in decoder.__getstate__()
+
+    def _decodes_bytes(self) -> bool:
+        """Whether a text's bytes are those of its tokens, and nothing else is done to them."""
+        return isinstance(getattr(self._backend, "decoder", None), decoders.ByteLevel)
+
+
+class _TokenBytes(dict[int, bytes]):
+    """What each token adds to the text, worked out once: no larger than the vocabulary."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], silent: Collection[int]) -> None:
+        super().__init__()
+        self._token_bytes, self._silent = token_bytes, silent
+
+    def __missing__(self, token: int) -> bytes:
+        self[token] = found = b"" if token in self._silent else self._token_bytes(token)
+        return found
 
 
 class TextThreads:

@@ -11,7 +11,7 @@ class PlacedLoad(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     prefill_tokens: int = 0
-    """Prompt tokens still to compute there."""
+    """Prompt tokens to compute there that the worker's own reports do not show yet."""
     sequences: int = 0
     """Placed on it to decode, whether they have a token yet or not."""
     kv_tokens: int = 0

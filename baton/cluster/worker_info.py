@@ -46,6 +46,8 @@ class WorkerInfo(BaseModel):
     kv_dtype: str
     kv_blocks_total: int
     kv_block_bytes: int = 0
+    layers: int = 1
+    """Of the model; KV leaves a prefill worker one layer at a time."""
     chunk_tokens: int = 512
     sequences_max: int = 256
     pool: str = "default"

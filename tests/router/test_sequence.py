@@ -2,7 +2,7 @@ from fake_worker import LENGTH, STOP, output
 
 from baton.rpc import common_pb2
 from baton.sampling import SamplingParams
-from router.detokenizer import Detokenizer
+from router.detokenizer import WindowDetokenizer
 from router.sequence import Delta, SequenceProgress, SequenceRequest, join
 
 
@@ -10,7 +10,7 @@ def progress(**fields: object) -> SequenceProgress:
     """Tokens are code points."""
     sampling = fields.pop("sampling", SamplingParams(max_tokens=100, seed=1))
     request = SequenceRequest(prompt=(65,), sampling=sampling, **fields)  # type: ignore[arg-type]
-    return SequenceProgress(request, Detokenizer(lambda tokens: "".join(map(chr, tokens))))
+    return SequenceProgress(request, WindowDetokenizer(lambda tokens: "".join(map(chr, tokens))))
 
 
 def codes(text: str) -> list[int]:

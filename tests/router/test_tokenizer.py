@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from baton.errors import InvalidRequest, SettingsError
-from router.detokenizer import Detokenizer
+from router.detokenizer import Detokenizer, WindowDetokenizer
 from router.prompts import PromptEncoder
 from router.tokenizer import INLINE_CHARACTERS_MAX, TextThreads, Tokenizer
 
@@ -42,6 +42,28 @@ def test_pieces_join_to_the_decoded_whole_whatever_the_tokens(
 ) -> None:
     whole = AutoTokenizer.from_pretrained(directory).decode(tokens, skip_special_tokens=skip)
     assert "".join(stream(tokenizer.detokenizer(skip_special_tokens=skip), tokens)) == whole
+    assert "".join(stream(window_detokenizer(tokenizer, skip), tokens)) == whole
+
+
+@settings(deadline=None)
+@given(text=st.text(st.sampled_from("héllo 你好世界😀👩‍🚀 \n"), max_size=20), cut=st.integers(0, 60))
+def test_a_text_goes_on_where_its_context_ends_even_within_a_character(
+    tokenizer: Tokenizer, text: str, cut: int
+) -> None:
+    tokens = tokenizer.encode(text)
+    preceding, following = tokens[:cut], tokens[cut:]
+    expected = text[len(tokenizer.decode(preceding).rstrip("\ufffd")) :]
+    for detokenizer in (tokenizer.detokenizer(preceding=preceding), window_detokenizer(tokenizer, True, preceding)):
+        assert "".join(stream(detokenizer, following)) == expected
+
+
+def window_detokenizer(tokenizer: Tokenizer, skip: bool, preceding: Sequence[int] = ()) -> WindowDetokenizer:
+    """The one for any decoder, also where the byte-level one would do."""
+
+    def is_silent(token: int) -> bool:
+        return not tokenizer.token_bytes(token) or (skip and tokenizer.is_special(token))
+
+    return WindowDetokenizer(tokenizer.decode, is_silent, preceding)
 
 
 @settings(deadline=None)
@@ -54,10 +76,10 @@ def test_no_piece_of_a_real_text_holds_half_a_character(tokenizer: Tokenizer, te
 
 def test_bytes_that_never_make_a_character_are_not_held_for_ever(tokenizer: Tokenizer) -> None:
     (invalid,) = (token for token in range(VOCABULARY) if tokenizer.token_bytes(token) == b"\xff")
-    detokenizer = tokenizer.detokenizer()
-    pieces = [detokenizer.feed(invalid) for _ in range(1000)]
-    assert sum(map(len, pieces)) >= 996
-    assert len(detokenizer._window) < 10
+    for detokenizer in (tokenizer.detokenizer(), window := window_detokenizer(tokenizer, skip=True)):
+        pieces = [detokenizer.feed(invalid) for _ in range(1000)]
+        assert sum(map(len, pieces)) >= 996
+    assert len(window._window) < 10
 
 
 def test_text_continues_what_precedes_it() -> None:
@@ -70,8 +92,8 @@ def test_text_continues_what_precedes_it() -> None:
         text: str = backend.decode(tokens)
         return text
 
-    assert stream(Detokenizer(decode), [1, 2]) == ["cat", " sat", ""]
-    assert stream(Detokenizer(decode, preceding=[0]), [1, 2]) == [" cat", " sat", ""]
+    assert stream(WindowDetokenizer(decode), [1, 2]) == ["cat", " sat", ""]
+    assert stream(WindowDetokenizer(decode, preceding=[0]), [1, 2]) == [" cat", " sat", ""]
 
 
 def test_byte_fallback_characters_come_whole() -> None:
@@ -81,7 +103,7 @@ def test_byte_fallback_characters_come_whole() -> None:
     backend = Backend(models.WordLevel(vocabulary, unk_token="a"))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokens = [vocabulary[piece] for piece in pieces]
-    streamed = stream(Detokenizer(lambda ids: str(backend.decode(ids))), tokens)
+    streamed = stream(WindowDetokenizer(lambda ids: str(backend.decode(ids))), tokens)
     assert "".join(streamed) == text
     assert {len(piece) for piece in streamed} <= {0, 1}
 
