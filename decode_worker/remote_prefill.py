@@ -15,6 +15,9 @@ from kvtransfer.interface import Receiver
 log = logging.getLogger(__name__)
 
 PREFILL_ATTEMPTS_MAX = 3
+DEADLINE_GRACE_S = 1.0
+"""How much later than the request a ticket expires: in time it is taken back, which is answered at once and leaves no
+doubt about what is still written. Its own deadline is for a decode worker that cannot take it back any more."""
 
 
 class RemotePrefill:
@@ -40,6 +43,7 @@ class RemotePrefill:
                 started, commit = await self._client.prefill(candidate.address, ticket, request.cancelled)
             except (Unavailable, TransferError) as error:
                 log.warning("request %s: %s", request.request_id, error)
+                request.failed_prefill_workers.append(candidate.worker_id)
             else:
                 request.committed(candidate.worker_id, started, commit)
                 return commit
@@ -53,6 +57,7 @@ class RemotePrefill:
         return worker_pb2.Ticket(
             request_id=request.request_id,
             prompt=request.prompt,
+            generated=request.generated,
             sampling=sampling_to_proto(request.sampling),
             cache_salt=request.cache_salt,
             layout=layout_to_proto(self._model.layout),
@@ -60,5 +65,5 @@ class RemotePrefill:
             first_block=first_block,
             blocks=blocks[first_block:],
             offers=[worker_pb2.TransportOffer(transport=o.transport, descriptor=o.descriptor) for o in offers],
-            deadline_s=self._timeout_s,
+            deadline_s=max(min(self._timeout_s, request.remaining_s), 0.0) + DEADLINE_GRACE_S,
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from baton.clock import Clock
@@ -21,6 +22,8 @@ class Outbox(Protocol):
 class ActiveRequest:
     request_id: RequestId
     prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    """After the prompt, by a decode worker that was lost."""
     sampling: SamplingParams
     cache_salt: str
     candidates: tuple[worker_pb2.PrefillCandidate, ...]
@@ -29,19 +32,34 @@ class ActiveRequest:
     decode_worker: str
     prefill: Prefill
     """HERE from the start, or ELSEWHERE: then it is decided when the prefix cache has been looked at."""
+    deadline_s: float | None = None
+    """From arrival; None: none."""
     arrived_s: float = 0.0
     admitted_s: float = 0.0
     first_token_s: float | None = None
     cached_tokens: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once nobody waits for its tokens any more."""
+    expiry: asyncio.TimerHandle | None = None
     remote_prefill: "asyncio.Task[None] | None" = None
     """Set while a prefill worker may write into this request's blocks."""
     started: worker_pb2.PrefillStarted | None = None
     commit: worker_pb2.PrefillCommit | None = None
     prefill_worker: str = ""
+    failed_prefill_workers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.arrived_s = self.clock()
+
+    @property
+    def known_tokens(self) -> int:
+        """What is to be computed before its next token can be drawn."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def remaining_s(self) -> float:
+        """Until its deadline; may be negative."""
+        return inf if self.deadline_s is None else self.arrived_s + self.deadline_s - self.clock()
 
     def admit(self, event: Admitted) -> None:
         self.admitted_s = self.clock()
@@ -52,7 +70,7 @@ class ActiveRequest:
 
     @property
     def tokens_not_computed(self) -> int:
-        """Prompt tokens that were in either worker's prefix cache."""
+        """Known tokens that were in either worker's prefix cache."""
         return max(self.cached_tokens, self.started.cached_tokens if self.started else 0)
 
     def timeline(self, preemptions: int) -> common_pb2.Timeline:

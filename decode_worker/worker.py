@@ -6,7 +6,7 @@ from collections.abc import Coroutine, Sequence
 
 from baton.clock import Clock, monotonic
 from baton.cluster.worker_info import WorkerInfo
-from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from baton.ids import BlockId, RequestId
 from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
 from baton.rpc.convert import (
@@ -41,7 +41,7 @@ class DecodeWorker:
     def __init__(self, settings: DecodeWorkerSettings, clock: Clock = monotonic, hub: InprocHub | None = None) -> None:
         """`hub` joins the workers of one process that allow the transport inproc."""
         self._settings, self._clock, self._hub = settings, clock, hub
-        self._host = WorkerHost("decode", settings, self._on_result)
+        self._host = WorkerHost("decode", settings, self._on_result, clock=clock)
         self._requests: dict[RequestId, ActiveRequest] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
@@ -98,6 +98,7 @@ class DecodeWorker:
 
     def submit(self, message: worker_pb2.Submit, outbox: Outbox) -> None:
         """Answers through the outbox alone, errors too."""
+        self._host.arrived()
         request_id = RequestId(message.request_id)
         try:
             request = self._accept(request_id, message, outbox)
@@ -106,6 +107,8 @@ class DecodeWorker:
             return
         self._requests[request_id] = request
         self._idle.clear()
+        if request.deadline_s is not None:
+            request.expiry = asyncio.get_running_loop().call_later(request.deadline_s, self._expire, request)
         self._spawn(request, self._add(request))
 
     def _accept(self, request_id: RequestId, message: worker_pb2.Submit, outbox: Outbox) -> ActiveRequest:
@@ -114,14 +117,15 @@ class DecodeWorker:
         if request_id in self._requests:
             raise InvalidRequest(f"Request id {request_id} is in use.", "request_id")
         sampling = sampling_from_proto(message.sampling)
+        tells_prompt = sampling.prompt_logprobs is not None and not message.generated
+        known_tokens = len(message.prompt) + len(message.generated)
         stays = (
-            not message.prefill_candidates
-            or sampling.prompt_logprobs is not None
-            or len(message.prompt) <= self._settings.local_prefill_tokens_max
+            not message.prefill_candidates or tells_prompt or known_tokens <= self._settings.local_prefill_tokens_max
         )
         return ActiveRequest(
             request_id,
             tuple(message.prompt),
+            tuple(message.generated),
             sampling,
             message.cache_salt,
             tuple(message.prefill_candidates[:PREFILL_ATTEMPTS_MAX]),
@@ -129,11 +133,17 @@ class DecodeWorker:
             self._clock,
             self._host.worker_id,
             Prefill.HERE if stays else Prefill.ELSEWHERE,
+            message.deadline_s or None,
         )
 
     async def _add(self, request: ActiveRequest) -> None:
         engine_request = EngineRequest(
-            request.request_id, request.prompt, request.sampling, request.prefill, request.cache_salt
+            request.request_id,
+            request.prompt,
+            request.sampling,
+            request.prefill,
+            request.cache_salt,
+            request.generated,
         )
         try:
             await self._host.engine.call(lambda engine: engine.add(engine_request))
@@ -146,7 +156,18 @@ class DecodeWorker:
     def cancel(self, request_id: RequestId, outbox: Outbox) -> None:
         """Forgets a request that came by this outbox; its blocks are free as soon as nobody writes into them."""
         request = self._requests.get(request_id)
-        if request is None or request.outbox is not outbox or request.cancelled.is_set():
+        if request is not None and request.outbox is outbox:
+            self._let_go(request)
+
+    def _expire(self, request: ActiveRequest) -> None:
+        if not request.cancelled.is_set():
+            error = DeadlineExceeded(f"The request was not finished within its {request.deadline_s:g} s.")
+            request.outbox.put(_error_output(request.request_id, error))
+            self._let_go(request)
+
+    def _let_go(self, request: ActiveRequest) -> None:
+        """Idempotent. Nobody waits for it any more."""
+        if request.cancelled.is_set():
             return
         request.cancelled.set()
         if request.remote_prefill is None:
@@ -173,13 +194,14 @@ class DecodeWorker:
         request.admit(event)
         if request.prefill is Prefill.HERE or request.cancelled.is_set():
             return
-        if len(request.prompt) - event.cached_tokens <= self._settings.local_prefill_tokens_max:
+        if request.known_tokens - event.cached_tokens <= self._settings.local_prefill_tokens_max:
             self._host.engine.post(lambda engine: engine.prefill_here(request.request_id))
         else:
             request.remote_prefill = self._spawn(request, self._prefill_remotely(request, event.blocks))
 
     def _on_generated(self, request: ActiveRequest, event: Generated) -> None:
-        if request.first_token_s is None:
+        is_first = request.first_token_s is None
+        if is_first:
             request.first_token_s = self._clock()
         output = worker_pb2.TokenOutput(
             request_id=request.request_id,
@@ -188,11 +210,13 @@ class DecodeWorker:
             prompt_logprobs=map(logprobs_to_proto, event.prompt_logprobs),
             finish_reason=_FINISH_REASONS[event.finish_reason],
             cached_tokens=request.tokens_not_computed,
+            failed_prefill_workers=request.failed_prefill_workers if is_first else (),
         )
+        if is_first or event.finish_reason is not None:
+            output.timeline.CopyFrom(request.timeline(event.preemptions))
         if event.finish_reason is None:
             request.outbox.put(output)
         else:
-            output.timeline.CopyFrom(request.timeline(event.preemptions))
             self._finish(request, output)
 
     # ---- prefill elsewhere
@@ -205,6 +229,8 @@ class DecodeWorker:
             commit = None
         finally:
             request.remote_prefill = None
+        if commit is not None:
+            self._host.transferred(commit.transfer_bytes, commit.transfer_s)
         if request.cancelled.is_set():
             self._abort(request)
         elif commit is None:
@@ -216,11 +242,14 @@ class DecodeWorker:
     # ---- ends
 
     def _finish(self, request: ActiveRequest, output: worker_pb2.TokenOutput) -> None:
-        request.outbox.put(output)
+        if not request.cancelled.is_set():
+            request.outbox.put(output)
         self._forget(request)
 
     def _forget(self, request: ActiveRequest) -> None:
         self._requests.pop(request.request_id, None)
+        if request.expiry is not None:
+            request.expiry.cancel()
         if not self._requests:
             self._idle.set()
 
@@ -249,6 +278,7 @@ def _error_output(request_id: RequestId, error: BatonError) -> worker_pb2.TokenO
         InvalidRequest: worker_pb2.ERROR_KIND_INVALID_REQUEST,
         Overloaded: worker_pb2.ERROR_KIND_OVERLOADED,
         Unavailable: worker_pb2.ERROR_KIND_UNAVAILABLE,
+        DeadlineExceeded: worker_pb2.ERROR_KIND_DEADLINE_EXCEEDED,
     }
     return worker_pb2.TokenOutput(
         request_id=request_id,

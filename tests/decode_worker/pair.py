@@ -29,6 +29,7 @@ BASE: dict[str, Any] = {
     "kv_blocks": 96,
     "chunk_tokens": 32,
     "drain_timeout_s": 20,
+    "self_test": False,
 }
 
 
@@ -65,7 +66,9 @@ class RouterStream:
         sampling: SamplingParams,
         candidates: Iterable[str] = (),
         request_id: str | None = None,
+        **fields: Any,
     ) -> str:
+        """`fields` are more of Submit's."""
         request_id = request_id or f"r{id(self):x}-{next(self._ids)}"
         self._outputs.setdefault(request_id, asyncio.Queue())
         submit = worker_pb2.Submit(
@@ -75,6 +78,7 @@ class RouterStream:
             prefill_candidates=[
                 worker_pb2.PrefillCandidate(worker_id=f"worker at {address}", address=address) for address in candidates
             ],
+            **fields,
         )
         await self._write(worker_pb2.ServeRequest(submit=submit))
         return request_id
@@ -93,8 +97,10 @@ class RouterStream:
         tokens = [token for message in messages for token in message.token_ids]
         return Answer(tokens, last.finish_reason, last.timeline, last.cached_tokens, last.error, messages)
 
-    async def ask(self, prompt: Sequence[int], sampling: SamplingParams, candidates: Iterable[str] = ()) -> Answer:
-        return await self.answer(await self.submit(prompt, sampling, candidates))
+    async def ask(
+        self, prompt: Sequence[int], sampling: SamplingParams, candidates: Iterable[str] = (), **fields: Any
+    ) -> Answer:
+        return await self.answer(await self.submit(prompt, sampling, candidates, **fields))
 
     async def close(self) -> None:
         self._call.cancel()
@@ -108,8 +114,8 @@ class Pair:
     decode: DecodeWorker
     stream: RouterStream
 
-    async def ask(self, prompt: Sequence[int], sampling: SamplingParams) -> Answer:
-        return await self.stream.ask(prompt, sampling, [self.prefill.address])
+    async def ask(self, prompt: Sequence[int], sampling: SamplingParams, **fields: Any) -> Answer:
+        return await self.stream.ask(prompt, sampling, [self.prefill.address], **fields)
 
     async def until_idle(self, within_s: float = 3.0) -> None:
         """Until neither worker's pool has a block in use; each free block is accounted for."""

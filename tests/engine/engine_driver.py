@@ -21,11 +21,17 @@ class EngineDriver:
         self.failed: dict[RequestId, Exception] = {}
 
     def add(
-        self, name: str, prompt: Sequence[int], prefill: Prefill = Prefill.HERE, salt: str = "", **sampling: object
+        self,
+        name: str,
+        prompt: Sequence[int],
+        prefill: Prefill = Prefill.HERE,
+        salt: str = "",
+        generated: Sequence[int] = (),
+        **sampling: object,
     ) -> RequestId:
         request_id = RequestId(name)
         params = SamplingParams(**{"temperature": 0, "max_tokens": 4, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
-        self.engine.add(EngineRequest(request_id, tuple(prompt), params, prefill, salt))
+        self.engine.add(EngineRequest(request_id, tuple(prompt), params, prefill, salt, tuple(generated)))
         return request_id
 
     def step(self) -> StepResult:

@@ -62,6 +62,8 @@ class ToyLogits:
 class ToyRegion:
     """`entries[block][slot]`; two engines' regions can be copied by block."""
 
+    is_host = True
+
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self.entries: list[list[Entry]] = [[b"unwritten"] * layout.block_tokens for _ in range(layout.blocks)]
