@@ -65,5 +65,5 @@ class RemotePrefill:
             first_block=first_block,
             blocks=blocks[first_block:],
             offers=[worker_pb2.TransportOffer(transport=o.transport, descriptor=o.descriptor) for o in offers],
-            deadline_s=max(min(self._timeout_s, request.remaining_s), 0.0) + DEADLINE_GRACE_S,
+            deadline_s=min(self._timeout_s, max(request.remaining_s, 0.0) + DEADLINE_GRACE_S),
         )
