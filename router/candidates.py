@@ -6,7 +6,8 @@ from typing import NamedTuple, overload
 
 from baton.cluster.worker_info import WorkerInfo
 from router.decision import CachedTokens, Candidate, Terms
-from router.placement import Pair, PrefixLength
+from router.placement import Pair
+from router.prefixes import PrefixLength
 
 
 class _Priced(NamedTuple):

@@ -10,6 +10,7 @@ from baton.ids import WorkerId
 from router.block_names import BlockKind
 from router.demand import Demand
 from router.expected_tokens import UNKNOWN_TOKENS
+from router.prefixes import Numbers, Prefixes, PrefixLength
 from router.worker_load import PlacedSequence, WorkerLoad
 
 Floats = NDArray[np.float64]
@@ -32,7 +33,9 @@ class Fleet:
         self.loads, self.prefill_count, self.decode_count = (*prefill, *decode), len(prefill), len(decode)
         self.workers: list[WorkerInfo] = [load.info for load in self.loads]
         self.column_of: dict[WorkerId, int] = {load.info.worker_id: i for i, load in enumerate(self.loads)}
-        self.column_of_slot: dict[int, int] = {}
+        self._column_of_slot = np.full(1, len(self.loads))
+        """One that no worker has where the prefix index knows a worker that is not of this fleet; its last entry
+        stands for all the slots beyond it."""
         self.links = [(0.0, 0.0)] * len(decode)
         """Of the decode workers: equal where their costs of a transfer are."""
         self.block_bytes = max((info.kv_block_bytes for info in self.workers), default=0)
@@ -56,7 +59,7 @@ class Fleet:
         for column, load in enumerate(self.loads):
             load.column = column
             if load.slot is not None:
-                self.column_of_slot[load.slot] = column
+                self._put_slot(load.slot, column)
             self.refresh(load)
 
     def queue_s(self, now_s: float) -> float:
@@ -82,11 +85,27 @@ class Fleet:
 
     def set_slot(self, load: WorkerLoad, slot: int | None) -> None:
         """Where the prefix index keeps the worker; None: nowhere yet."""
-        if load.slot is not None and self.column_of_slot.get(load.slot) == load.column:
-            del self.column_of_slot[load.slot]
+        if load.slot is not None and self._column_of_slot.take(load.slot, mode="clip") == load.column:
+            self._put_slot(load.slot, len(self.loads))
         load.slot = slot
         if slot is not None:
-            self.column_of_slot[slot] = load.column
+            self._put_slot(slot, load.column)
+
+    def _put_slot(self, slot: int, column: int) -> None:
+        if (more := slot + 2 - len(self._column_of_slot)) > 0:
+            self._column_of_slot = np.append(self._column_of_slot, [len(self.loads)] * more)
+        self._column_of_slot[slot] = column
+
+    def prefixes(self, holders: Sequence[tuple[Numbers, PrefixLength]]) -> Prefixes:
+        """By column, what the prefix index knows by slot."""
+        numbers = np.full(len(self.loads) + 1, -1)
+        if holders:
+            sets, lengths = zip(*holders, strict=True)
+            columns = self._column_of_slot.take(np.concatenate(sets), mode="clip")
+            numbers[columns] = np.repeat(np.arange(len(sets)), list(map(len, sets)))
+        else:
+            lengths = ()
+        return Prefixes(numbers[:-1], lengths)
 
     def refresh(self, load: WorkerLoad) -> None:
         """The worker's own record is another."""

@@ -5,9 +5,9 @@ sent to a decode worker, or computed on the decode worker itself.
 """
 
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from baton.ids import BlockHash
 from baton.latency import Tier
 from router.block_names import BlockKind
 from router.fleet import Fleet, Floats
+from router.prefixes import Prefixes, PrefixLength
 
 _Priced = tuple[float, int, int, float]
 """A pair's cost, its columns, and the exposed transfer."""
@@ -25,6 +26,12 @@ ROW_MAX = 8
 """Pairs that are looked for at most, so that no more of a decode worker's can be among them."""
 OVERTAKEN = 0.5
 """The part of the prompts on their way to a worker that one placed now gets there before."""
+
+
+LIKELY_TO_COME = 0.25
+"""Sequences that will want to decode on a worker while it computes a prompt, beside those that run there: so much
+quicker must an idle decode worker be than a prefill worker to be given a prompt. The latency model may be off by as
+much (`ERROR_MAX` of its fit), and a prompt that takes longer than predicted stalls streams only where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +47,6 @@ class PlacementRequest:
         assert self.prompt_tokens >= 1 and self.expected_tokens >= 1
 
 
-class PrefixLength(Protocol):
-    """Blocks of the longest contiguous prefix that one worker holds, by the tier they lie in."""
-
-    @property
-    def hbm(self) -> int: ...
-    @property
-    def ddr(self) -> int: ...
-    @property
-    def ssd(self) -> int: ...
-
-
 @dataclass(slots=True)
 class Costs:
     """What one request costs on each worker of a fleet. Terms of computing the prompt have a column for each worker,
@@ -58,7 +54,7 @@ class Costs:
 
     fleet: Fleet
     request: PlacementRequest
-    lengths: Mapping[int, PrefixLength]
+    lengths: Prefixes
     """What the prefix index found, by column."""
     cached_tokens: Floats
     """That are reused where the prompt is computed."""
@@ -134,9 +130,7 @@ class Pair(NamedTuple):
         return self.compute == other.compute and self.decode == other.decode and self.costs is other.costs
 
 
-def price(
-    fleet: Fleet, request: PlacementRequest, lengths: Mapping[int, PrefixLength], ties_s: Floats, now_s: float
-) -> Costs:
+def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Floats, now_s: float) -> Costs:
     """`lengths` is what the prefix index found, by column; `ties_s`, one for each worker, is random and far below what
     matters: it decides between equals."""
     tokens, first_decode = request.prompt_tokens, fleet.prefill_count
@@ -170,7 +164,7 @@ def price(
         others_decode_s,
         admission_s + decode_s + others_decode_s + ties_s[first_decode:],
         crowd_s(fleet, queue_s, work_s),
-        fleet.running * prefill_s[first_decode:],
+        (fleet.running + LIKELY_TO_COME) * prefill_s[first_decode:],
         lacking_blocks * fleet.block_bytes,
     )
 
@@ -178,17 +172,17 @@ def price(
 # ---- computing the prompt
 
 
-def reuse(fleet: Fleet, tokens: int, lengths: Mapping[int, PrefixLength]) -> tuple[Floats, Floats]:
+def reuse(fleet: Fleet, tokens: int, lengths: Prefixes) -> tuple[Floats, Floats]:
     """Tokens that each worker need not compute, and how long it takes to get them from its lower tiers. The last
     token is always computed: its logits are needed."""
-    cached_tokens, restore_s = np.zeros((2, len(fleet.workers)))
     block_tokens = fleet.kind.block_tokens
     reusable_tokens = (tokens - 1) // block_tokens * block_tokens
-    for column, length in lengths.items():
-        if length.ddr or length.ssd:
+    tokens_of = [min(length.hbm * block_tokens, reusable_tokens) for length in lengths.lengths]
+    cached_tokens = np.array([*tokens_of, 0.0])[lengths.numbers]  # number -1 is none
+    restore_s = np.zeros(len(fleet.workers))
+    if lengths.has_lower_tiers:
+        for column, length in lengths.items():
             cached_tokens[column], restore_s[column] = cheapest_restore(fleet.workers[column], tokens, length)
-        else:
-            cached_tokens[column] = min(length.hbm * block_tokens, reusable_tokens)
     return cached_tokens, restore_s
 
 

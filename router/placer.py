@@ -23,8 +23,9 @@ from router.candidates import Candidates, candidate, prefill_fallbacks
 from router.decision import Decision, Excluded
 from router.demand import Demand
 from router.fleet import Fleet
-from router.placement import ROW_MAX, Costs, Pair, PlacementRequest, PrefixLength, cheapest_pairs, price
+from router.placement import ROW_MAX, Costs, Pair, PlacementRequest, cheapest_pairs, price
 from router.policies import make_policy
+from router.prefixes import Numbers, PrefixLength
 from router.worker_load import NO_LOAD, PlacedSequence, WorkerLoad
 
 CANDIDATES_MAX = ROW_MAX
@@ -44,8 +45,8 @@ class PrefixIndex(Protocol):
 
     def slot_of(self, worker_id: WorkerId) -> int | None: ...
 
-    def match(self, names: Sequence[BlockHash]) -> Mapping[int, PrefixLength]:
-        """By slot; only those who hold the first block."""
+    def holders(self, names: Sequence[BlockHash]) -> Sequence[tuple[Numbers, PrefixLength]]:
+        """Sets of slots, of those who hold the first block, each with how long a prefix they hold."""
         ...
 
     def expect(self, worker_ids: Sequence[WorkerId], names: Sequence[BlockHash]) -> None: ...
@@ -158,9 +159,7 @@ class Placer:
         )
 
     def _price(self, fleet: Fleet, request: PlacementRequest, now_s: float) -> Costs:
-        found = self._index.match(request.names(fleet.kind))
-        columns = fleet.column_of_slot
-        lengths = {columns[slot]: length for slot, length in found.items() if slot in columns}
+        lengths = fleet.prefixes(self._index.holders(request.names(fleet.kind)))
         start = int(self._random.random() * _TIES)
         return price(fleet, request, lengths, self._ties_s[start : start + len(fleet.loads)], now_s)
 

@@ -7,11 +7,14 @@ I/O, an injected clock. router/index_feed.py feeds it.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from baton.clock import Clock, monotonic
 from baton.cluster.cache_events import CacheEvents
 from baton.ids import BlockHash, WorkerId
 from baton.latency import Tier
-from router.block_table import BlockTable, Column, Keys, columns_in, keys_of
+from router.block_table import BlockTable, Column, Keys, column_numbers, keys_of
 from router.block_table import PrefixLength as PrefixLength
 from router.expectations import Expectations
 from router.index_member import Doubt as Doubt
@@ -20,8 +23,9 @@ from router.index_member import Member
 
 EXPECT_S = 30.0
 """How long a block that was sent for stays expected: longer than a prompt may take to be computed, mostly."""
-SLOT_LISTS_MAX = 4096
+SLOT_LISTS_MAX = 1024
 """Sets of columns whose slots are remembered."""
+Slots = NDArray[np.intp]
 
 
 class Applied(Enum):
@@ -52,7 +56,9 @@ class PrefixIndex:
         self._columns = 0
         """The lowest bit of each member's column."""
         self._slot_of_column: dict[int, int] = {}
-        self._slots: dict[int, tuple[int, ...]] = {}
+        self._slots: dict[int, Slots] = {}
+        self._slot_row: Slots | None = None
+        """`_slot_of_column` as an array, while nothing changed."""
         self._latest: tuple[Sequence[BlockHash], int, Keys] = ((), 0, keys_of(b""))
 
     # ---- members
@@ -160,9 +166,15 @@ class PrefixIndex:
     def match(self, names: Sequence[BlockHash]) -> Mapping[int, PrefixLength]:
         """By slot, for each worker that holds the first of these blocks: how long a prefix it holds."""
         found: dict[int, PrefixLength] = {}
-        for columns, length in self._table.match(self._keys(names), self._columns):
-            found.update(dict.fromkeys(self._slots_of(columns), length))
+        for slots, length in self.holders(names):
+            found.update(dict.fromkeys(slots.tolist(), length))
         return found
+
+    def holders(self, names: Sequence[BlockHash]) -> list[tuple[Slots, PrefixLength]]:
+        """The same, those together that hold the same."""
+        return [
+            (self._slots_of(columns), length) for columns, length in self._table.match(self._keys(names), self._columns)
+        ]
 
     # ---- freshness
 
@@ -227,25 +239,32 @@ class PrefixIndex:
     def _use(self, column: Column, slot: int) -> None:
         self._columns |= column.one
         self._slot_of_column[column.number] = slot
-        self._slots.clear()
+        self._forget_slots()
 
     def _drop(self, column: Column) -> None:
         self._columns &= ~column.one
         del self._slot_of_column[column.number]
-        self._slots.clear()
+        self._forget_slots()
         self._table.close_column(column)
 
     def _let_go(self, member: Member) -> None:
         member.is_here = False
         self._drop(member.column)
 
-    def _slots_of(self, columns: int) -> tuple[int, ...]:
+    def _slots_of(self, columns: int) -> Slots:
         slots = self._slots.get(columns)
         if slots is None:
+            if self._slot_row is None:
+                self._slot_row = np.zeros(max(self._slot_of_column) + 1, np.intp)
+                self._slot_row[list(self._slot_of_column)] = list(self._slot_of_column.values())
             if len(self._slots) >= SLOT_LISTS_MAX:
                 self._slots.clear()
-            slots = self._slots[columns] = tuple(self._slot_of_column[column] for column in columns_in(columns))
+            slots = self._slots[columns] = self._slot_row[column_numbers(columns)]
         return slots
+
+    def _forget_slots(self) -> None:
+        self._slots.clear()
+        self._slot_row = None
 
     def check_integrity(self) -> None:
         """Asserts that everything agrees with everything. O(blocks)."""

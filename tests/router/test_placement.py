@@ -17,6 +17,7 @@ from router.candidates import candidate
 from router.demand import Demand
 from router.fleet import Fleet
 from router.placement import Costs, Pair, cheapest_pairs, exposed_transfer_s, pair_of, price, shared_steps
+from router.prefixes import Prefixes
 from router.worker_load import WorkerLoad
 from tests.router.placement_rig import BLOCK_TOKENS, LATENCY, a_request, a_worker
 
@@ -36,7 +37,7 @@ def a_priced_fleet(
 ) -> Costs:
     fleet = Fleet(KIND, [WorkerLoad(worker, NOW_S) for worker in workers], Demand(NOW_S), NOW_S)
     ties_s = np.array([Random(ties_seed + number).random() * 1e-9 for number in range(len(workers))])
-    return price(fleet, a_request(tokens), lengths or {}, ties_s, NOW_S)
+    return price(fleet, a_request(tokens), Prefixes.of(lengths or {}, len(workers)), ties_s, NOW_S)
 
 
 def all_pairs(costs: Costs) -> list[Pair]:
@@ -201,7 +202,7 @@ def test_blocks_that_push_out_others_cost_as_much_as_those_are_worth() -> None:
     demand.observe(NOW_S, 600, 400, pooled=True)
     loads = [WorkerLoad(a_worker(name, "prefill", load=load), NOW_S) for name, load in (("p1", full), ("p2", roomy))]
     fleet = Fleet(KIND, [*loads, WorkerLoad(a_worker("d"), NOW_S)], demand, NOW_S)
-    costs = price(fleet, a_request(1600), {}, np.zeros(3), NOW_S)
+    costs = price(fleet, a_request(1600), Prefixes.of({}, 3), np.zeros(3), NOW_S)
     token_s = LATENCY.prefill.token_s + LATENCY.prefill.chunk_s / 512 + LATENCY.prefill.token_context_s * 700
     assert costs.others_evicted_s.tolist() == pytest.approx([(100 - 10) * 0.4 * BLOCK_TOKENS * token_s, 0, 0])
 
