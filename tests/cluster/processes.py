@@ -45,7 +45,7 @@ class Process:
 @contextmanager
 def running(command: str, **flags: Any) -> Iterator[Process]:
     """From the ready line until the end of the block; then SIGTERM, on which it must exit with 0."""
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    arguments = [argument(name.replace("_", "-"), value) for name, value in flags.items()]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
     with subprocess.Popen([BATON, command, *arguments], stdout=subprocess.PIPE, text=True, env=environment) as popen:
         try:
@@ -59,6 +59,10 @@ def running(command: str, **flags: Any) -> Iterator[Process]:
                 assert popen.wait(30) == 0
         finally:
             popen.kill()
+
+
+def argument(name: str, value: Any) -> str:
+    return f"--{name}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no-'}{name}"
 
 
 def fetch(url: str, body: Any = None, timeout_s: float = 120) -> Any:

@@ -72,7 +72,7 @@ def is_ready(router: Process) -> bool:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_prefill_worker_killed_while_it_streams(transport: str, flags: dict[str, Any], stack: ExitStack) -> None:
     metrics_port = free_port()
-    worker_flags = {**flags, "threads": 1, "transports": transport, "kv_blocks": 512}
+    worker_flags = {**flags, "threads": 1, "self_test": False, "transports": transport, "kv_blocks": 512}
     decode = stack.enter_context(running("decode-worker", **worker_flags))
     prefill = stack.enter_context(running("prefill-worker", **worker_flags, chunk_tokens=64, metrics_port=metrics_port))
     router = stack.enter_context(running("router", **flags, http_port=0))
@@ -112,7 +112,7 @@ def test_a_decode_worker_killed_while_it_streams_is_no_more_than_a_pause(
     flags: dict[str, Any], stack: ExitStack
 ) -> None:
     """The only one, and another is started meanwhile: it goes on with the same text."""
-    worker_flags = {**flags, "threads": 1, "kv_blocks": 512}
+    worker_flags = {**flags, "threads": 1, "self_test": False, "kv_blocks": 512}
     decode = stack.enter_context(running("decode-worker", **worker_flags))
     stack.enter_context(running("prefill-worker", **worker_flags, chunk_tokens=64))
     router = stack.enter_context(running("router", **flags, http_port=0, failover_wait_s=90))

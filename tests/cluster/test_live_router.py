@@ -24,7 +24,7 @@ from tests.cluster.processes import Process, fetch, running, until
 
 LEDGER = make_ledger(40, seed=5)
 LOCKERS = sorted(LEDGER.owners)
-WORKER = {"threads": 1, "kv_blocks": 2048}
+WORKER = {"threads": 1, "kv_blocks": 2048, "self_test": False}
 STREAMS = 20
 
 

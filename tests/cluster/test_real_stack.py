@@ -46,7 +46,7 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(redis_server: EmbeddedRedis) -> Iterator[Stack]:
     common = {"redis_url": redis_server.url, "key_prefix": "real-stack"}
-    worker = {**common, "threads": 1, "kv_blocks": BLOCKS}
+    worker = {**common, "threads": 1, "self_test": False, "kv_blocks": BLOCKS}
     with ExitStack() as exits:
         exits.enter_context(running("prefill-worker", **worker, chunk_tokens=128))
         exits.enter_context(running("decode-worker", **worker))
