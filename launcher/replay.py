@@ -14,7 +14,7 @@ from baton.settings import Policy
 from simulator.line import Admission
 from simulator.profile import load_profile
 from simulator.replay import Replay, Scenario
-from simulator.report import Report, Spread
+from simulator.report import Report
 from simulator.trace import TraceRequest, at_rate, hit_rate_max, made_unique, read_trace
 
 
@@ -99,7 +99,7 @@ def render(reports: Sequence[Report], trace: Sequence[TraceRequest]) -> Table:
         f"Bound of the hit rate, with an infinite cache: {hit_rate_max(trace):.1%}."
     )
     table.add_column("policy", no_wrap=True)
-    for column in ("refused", "hit", "TTFT, s", "ITL, ms", "E2E, s", "busy, %", "tokens/s"):
+    for column in ("refused", "hit", "TTFT, s", "ITL, ms", "E2E, s", "busy, %", "tok/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for report in reports:
         table.add_row(*row(report))
@@ -111,23 +111,9 @@ def row(report: Report) -> list[str]:
         report.policy,
         f"{report.refused:,}",
         f"{report.hit_rate:.1%}",
-        in_row(report.ttft_s),
-        "/".join(f"{1000 * value:.0f}" for value in values(report.itl_s)),
-        in_row(report.e2e_s),
+        report.ttft_s.shown(),
+        report.itl_s.shown(1000),
+        report.e2e_s.shown(),
         f"{100 * report.prefill_utilisation:.0f}/{100 * report.decode_utilisation:.0f}",
         f"{report.output_tokens_per_s:,.0f}",
     ]
-
-
-def in_row(spread: Spread) -> str:
-    return "/".join(map(three_digits, values(spread)))
-
-
-def values(spread: Spread) -> tuple[float, float, float]:
-    return spread.mean, spread.p50, spread.p99
-
-
-def three_digits(value: float) -> str:
-    """0.123, 1.23, 12.3, 123, 1234."""
-    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{decimals}f}"
