@@ -67,7 +67,8 @@ class Stream:
         self.usage = event.get("usage") or self.usage
         for choice in event.get("choices", ()):
             ids = choice.get("token_ids")
-            if ids or (ids is None and choice.get("text")):
+            text = choice.get("text") or choice.get("delta", {}).get("content")
+            if ids or (ids is None and text):
                 self.chunks.append(Chunk(arrival_s, len(ids) if ids else None))
 
     def outcome(self, response: Response, start_s: float, end_s: float) -> Outcome:
