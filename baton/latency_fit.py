@@ -74,8 +74,9 @@ class LinearFit:
     def _change_speed(self) -> None:
         outliers, self._outliers, self._error = self._outliers, [], ERROR_MAX
         factor = median(seconds / self.predict_s(x) for x, seconds in outliers)
-        self._squares = [[PAST_KEPT * sum_ for sum_ in row] for row in self._squares]
-        self._products = [PAST_KEPT * factor * sum_ for sum_ in self._products]
+        weight = PAST_KEPT / factor**2  # relative to what is predicted from now on
+        self._squares = [[weight * sum_ for sum_ in row] for row in self._squares]
+        self._products = [weight * factor * sum_ for sum_ in self._products]
         self._scale(factor)
         for x, seconds in outliers:
             self._take(x, seconds)

@@ -304,6 +304,7 @@ class LocalEngine(Generic[AnyLogits]):
             kv_tokens=scheduler.kv_tokens,
             kv_blocks_total=pool.total,
             kv_blocks_used=pool.used,
+            kv_blocks_wanted=scheduler.kv_blocks_wanted,
             kv_blocks_cached=pool.cached,
             prefix_queries_tokens=scheduler.prefix_queries_tokens,
             prefix_hits_tokens=scheduler.prefix_hits_tokens,

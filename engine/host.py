@@ -187,6 +187,7 @@ class WorkerHost:
                 waiting_tokens=stats.waiting_tokens,
                 waiting_token_context=stats.waiting_token_context,
                 kv_blocks_used=stats.kv_blocks_used,
+                kv_blocks_wanted=stats.kv_blocks_wanted,
                 kv_blocks_cached=stats.kv_blocks_cached,
                 kv_tokens=stats.kv_tokens,
                 arrivals_per_s=self._arrivals.per_s,

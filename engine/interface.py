@@ -152,6 +152,8 @@ class EngineStats:
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     """Held by a request."""
+    kv_blocks_wanted: int = 0
+    """That the requests which wait for room will take."""
     kv_blocks_cached: int = 0
     """Held by nobody, with a content that a prefix can reuse; given away when space is needed."""
     prefix_queries_tokens: int = 0

@@ -245,6 +245,11 @@ class Scheduler:
         return queued + sum(s.remaining * (s.computed + s.remaining / 2) for s in self.running if s.remaining > 1)
 
     @property
+    def kv_blocks_wanted(self) -> int:
+        """Blocks of all that those who wait have to keep, the prefixes that they may find cached included."""
+        return sum(self._blocks_for(len(s.tokens)) for s in self.waiting)
+
+    @property
     def kv_tokens(self) -> int:
         return sum(s.computed for s in self.running)
 

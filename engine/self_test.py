@@ -38,7 +38,7 @@ def step_shapes(layout: KVLayout, context_length: int, chunk_tokens: int, sequen
 
     batch = min(sequences_max, BATCH_MAX, layout.blocks)
     few = max(1, batch // 4)
-    chunk = min(chunk_tokens, context_max(1, 0))
+    chunk = min(max(2, chunk_tokens), context_max(1, 0))
     far = min(CONTEXT_CHUNKS_MAX * chunk, context_max(1, chunk))
     prefills = [(chunk // 16, 0), (chunk // 4, 0), (chunk, 0), (chunk, far)]
     decodes = [(1, 0), (batch, 0), (few, DECODE_CONTEXT_MAX), (batch, DECODE_CONTEXT_MAX)]

@@ -35,7 +35,7 @@ class PrefillWorker:
     def __init__(self, settings: PrefillWorkerSettings, clock: Clock = monotonic, hub: InprocHub | None = None) -> None:
         """`hub` joins the workers of one process that allow the transport inproc."""
         self._settings, self._clock, self._hub = settings, clock, hub
-        self._host = WorkerHost("prefill", settings, self._on_result, self._on_layer)
+        self._host = WorkerHost("prefill", settings, self._on_result, self._on_layer, clock)
         self._jobs: dict[RequestId, PrefillJob] = {}
         self._closing: set[asyncio.Future[None]] = set()
         self._ticket_numbers = itertools.count()
@@ -78,6 +78,7 @@ class PrefillWorker:
 
     async def open_job(self, ticket: worker_pb2.Ticket) -> PrefillJob:
         """Connects to the decode worker and queues the prompt. Raises BatonError if either is refused."""
+        self._host.arrived()
         if self._host.state == "draining":
             raise Unavailable("This prefill worker is shutting down; use another.")
         self._check(ticket)
@@ -94,6 +95,7 @@ class PrefillWorker:
                 sampling_from_proto(ticket.sampling),
                 Prefill.ONLY,
                 ticket.cache_salt,
+                tuple(ticket.generated),
             )
             await self._host.engine.call(lambda engine: engine.add(request))
         except BaseException:
@@ -109,7 +111,7 @@ class PrefillWorker:
             )
         if not own.layout.is_compatible(layout_from_proto(ticket.layout)):
             raise UnsupportedModel("The ticket's KV layout (block size, heads or dtype) is not this prefill worker's.")
-        if ticket.first_block + len(ticket.blocks) != own.layout.blocks_for(len(ticket.prompt)):
+        if ticket.first_block + len(ticket.blocks) != own.layout.blocks_for(len(ticket.prompt) + len(ticket.generated)):
             raise InvalidRequest("The ticket's blocks do not cover its prompt.", "blocks")
 
     async def close_job(self, job: PrefillJob, *, sent: bool = False) -> None:
@@ -125,6 +127,7 @@ class PrefillWorker:
     async def _let_go(self, job: PrefillJob, sent: bool) -> None:
         await job.connection.close()
         if sent:
+            self._host.transferred(job.connection.bytes_written, job.connection.busy_s)
             self._host.engine.post(lambda engine: engine.release(job.request_id))
         else:
             self._host.engine.post(lambda engine: engine.abort(job.request_id))

@@ -184,11 +184,15 @@ class Fleet:
 
 
 def _reported_s(load: WorkerLoad) -> float:
-    """What the prompts that the worker reported take from then on."""
+    """What the prompts that the worker reported take from then on. It counts the step that runs in full until that is
+    over: so half of it is done already, on average."""
     waiting, cost = load.info.load, load.info.latency.prefill
-    chunks = waiting.waiting_tokens / load.info.chunk_tokens
-    linear_s = cost.chunk_s * chunks + cost.token_s * waiting.waiting_tokens
-    return linear_s + cost.token_context_s * waiting.waiting_token_context
+    tokens = waiting.waiting_tokens
+    if not tokens:
+        return 0.0
+    chunks = tokens / load.info.chunk_tokens
+    all_s = cost.chunk_s * chunks + cost.token_s * tokens + cost.token_context_s * waiting.waiting_token_context
+    return all_s * (1 - min(1.0, 1 / chunks) / 2)
 
 
 def _columns(rows: int, count: int) -> list[Floats]:

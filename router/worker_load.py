@@ -42,6 +42,7 @@ class _Placed(NamedTuple):
     sequences: int
     kv_tokens: int
     kv_blocks: int
+    peers_kv_tokens: int
 
 
 class WorkerLoad:
@@ -86,7 +87,7 @@ class WorkerLoad:
         """Those of them that the worker's reports do not show yet, oldest first."""
         self.unreported_s, self.unreported_tokens, self.prefill_since_s = 0.0, 0, now_s
         self.sequences, self.kv_tokens, self.kv_blocks, self.remaining_tokens, self.stay_s = 0, 0, 0, 0.0, 0.0
-        self._reported = _Placed(0, 0, 0)
+        self._reported = _Placed(0, 0, 0, 0)
 
     # ---- what this router places
 
@@ -110,7 +111,7 @@ class WorkerLoad:
     def report(self, info: WorkerInfo, now_s: float) -> None:
         """The worker's new record: it shows the prompts that were due when it was written."""
         self.info, self.reported_at_s = info, now_s
-        self._reported = _Placed(self.sequences, self.kv_tokens, self.kv_blocks)
+        self._reported = _Placed(self.sequences, self.kv_tokens, self.kv_blocks, self.peers.kv_tokens)
         shown = [id_ for id_, sequence in self.unreported.items() if sequence.due_s <= now_s - REPORT_AGE_MAX_S]
         for sequence_id in shown:
             self._show(sequence_id)
@@ -167,8 +168,10 @@ class WorkerLoad:
 
     @property
     def used_blocks(self) -> int:
-        reported = self.info.load.kv_blocks_used + self.kv_blocks - self._reported.kv_blocks
-        return max(reported, self.kv_blocks + self.peers.kv_tokens // self.info.block_tokens)
+        load, before = self.info.load, self._reported
+        since = self.kv_blocks - before.kv_blocks
+        peers_since = (self.peers.kv_tokens - before.peers_kv_tokens) // self.info.block_tokens
+        return max(load.kv_blocks_used + load.kv_blocks_wanted + since + peers_since, 0)
 
     @property
     def waiting_tokens(self) -> int:

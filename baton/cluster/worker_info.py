@@ -23,6 +23,8 @@ class Load(BaseModel):
     waiting_token_context: float = 0.0
     """The sum of `new * context` over these tokens, as PrefillCost has it: long prompts take more than their share."""
     kv_blocks_used: int = 0
+    kv_blocks_wanted: int = 0
+    """That the sequences which wait for room will take."""
     kv_blocks_cached: int = 0
     kv_tokens: int = 0
     """KV that a decode step reads: all tokens of the running sequences."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from engine_driver import EngineDriver
 
+from baton.clock import Clock, monotonic
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
 from baton.sampling import PositionLogprobs, SamplingParams, TokenLogprob
@@ -146,6 +147,7 @@ class ToyEngine(EngineDriver):
     limits: Limits = field(default_factory=lambda: Limits(chunk_tokens=8, sequences_max=8, waiting_max=64))
     context_length: int | None = None
     listener: LayerListener | None = None
+    clock: Clock = monotonic
 
     def __post_init__(self) -> None:
         layout = KVLayout(2, self.blocks, self.block_tokens, 1, 1, "float32")
@@ -168,6 +170,7 @@ class ToyEngine(EngineDriver):
             self.limits,
             self.listener,
             seeds=lambda: 7,
+            clock=self.clock,
         )
         EngineDriver.__init__(self, engine)
 

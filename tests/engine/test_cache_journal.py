@@ -1,0 +1,82 @@
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+from hypothesis import given
+
+from baton.cluster.cache_events import CacheChanges
+from baton.ids import BlockHash, BlockId
+from engine.cache_journal import CacheJournal
+
+BLOCK = BlockId(3)
+A, B, C = (BlockHash(bytes([number]) * 16) for number in range(3))
+
+
+def apply(held: set[BlockHash], changes: CacheChanges) -> None:
+    """What a router does; and nothing is told that says nothing new."""
+    for tier, names in changes.stored.items():
+        assert tier == "hbm" and names
+        assert len(set(names)) == len(names) and held.isdisjoint(names)
+        held.update(names)
+    assert not changes.moved
+    assert len(set(changes.removed)) == len(changes.removed) and held.issuperset(changes.removed)
+    held.difference_update(changes.removed)
+
+
+def test_what_happened_comes_in_the_order_in_which_it_happened() -> None:
+    journal = CacheJournal()
+    for name in (C, A, B):
+        journal.stored(BLOCK, name)
+    assert journal.take() == CacheChanges({"hbm": (C, A, B)})
+    for name in (B, C):
+        journal.removed(BLOCK, name)
+    assert journal.take() == CacheChanges(removed=(B, C))
+
+
+def test_nothing_happened() -> None:
+    assert not CacheJournal().take()
+
+
+def test_what_was_told_is_not_told_again() -> None:
+    journal = CacheJournal()
+    journal.stored(BLOCK, A)
+    told = journal.take()
+    assert told == CacheChanges({"hbm": (A,)})
+    assert not journal.take()
+    journal.stored(BLOCK, B)
+    assert told == CacheChanges({"hbm": (A,)}), "what was handed out stays as it was"
+
+
+def test_stored_and_removed_again_is_nothing() -> None:
+    journal = CacheJournal()
+    journal.stored(BLOCK, A)
+    journal.removed(BLOCK, A)
+    assert not journal.take()
+    journal.stored(BLOCK, A)
+    assert journal.take() == CacheChanges({"hbm": (A,)})
+
+
+def test_removed_and_stored_again_is_nothing() -> None:
+    journal = CacheJournal()
+    journal.stored(BLOCK, A)
+    journal.take()
+    journal.removed(BLOCK, A)
+    journal.stored(BlockId(9), A)
+    assert not journal.take()
+    journal.removed(BlockId(9), A)
+    assert journal.take() == CacheChanges(removed=(A,))
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=12), max_size=12))
+def test_the_net_of_each_step_makes_what_is_there_now(steps: Sequence[Sequence[int]]) -> None:
+    """Each number turns one block's presence around."""
+    journal, now, told = CacheJournal(), set[BlockHash](), set[BlockHash]()
+    for step in steps:
+        for number in step:
+            name = BlockHash(bytes([number]) * 16)
+            if name in now:
+                journal.removed(BLOCK, name)
+            else:
+                journal.stored(BLOCK, name)
+            now ^= {name}
+        apply(told, journal.take())
+        assert told == now
