@@ -85,9 +85,13 @@ class WorkerHost:
         except Exception:
             log.warning("The self-test failed; this worker's speed is not known yet", exc_info=True)
             return
-        for timing in timings:
-            self._fit.observe_step(timing.work, timing.duration_s)
-        log.info("measured by %d steps: %s", len(timings), self._fit.latency)
+        self._fit = LatencyFit.of([(timing.work, timing.duration_s) for timing in timings])
+        latency, chunk = self._fit.latency, self.settings.chunk_tokens
+        log.info(
+            "measured by %d steps: %.1f ms for a chunk of %d tokens, %.1f ms for a decode step of one sequence",
+            *(len(timings), 1000 * latency.prefill.chunk_time_s(chunk, chunk / 2), chunk),
+            1000 * latency.decode.step_time_s(1, chunk),
+        )
 
     async def serve(self, service: str, register: Callable[[grpc.aio.Server], None]) -> None:
         """Starts to listen, and announces the worker as ready."""

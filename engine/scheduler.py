@@ -5,7 +5,7 @@ and preempted last, so the oldest running sequence always gets on, and every seq
 """
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -14,6 +14,7 @@ from baton.errors import Overloaded
 from baton.settings import WorkerSettings
 from engine.interface import Prefill
 from engine.sequence import LiveSequence, Stage
+from engine.waiting_line import WaitingLine
 from kvcache.block_pool import BlockPool, PrefixMatch
 
 WATERMARK_DIVISOR = 64
@@ -53,7 +54,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, block_tokens: int, limits: Limits) -> None:
         self.pool, self.block_tokens, self.limits = pool, block_tokens, limits
-        self.waiting: deque[LiveSequence] = deque()
+        self.waiting = WaitingLine(block_tokens)
         self.running: list[LiveSequence] = []
         self.reserved: set[LiveSequence] = set()
         self.preemptions = 0
@@ -67,21 +68,23 @@ class Scheduler:
         """Raises Overloaded if as many wait as may."""
         if len(self.waiting) >= self.limits.waiting_max:
             raise Overloaded(f"{len(self.waiting)} requests wait already, as many as may; try again later.")
-        self.waiting.append(sequence)
+        self.waiting.join(sequence)
 
     @property
     def can_admit(self) -> bool:
         return (
             bool(self.waiting)
             and len(self.running) + len(self.reserved) < self.limits.sequences_max
-            and self._fits(self.waiting[0], self._match(self.waiting[0]))
+            and self._fits(self.waiting.first, self._match(self.waiting.first))
         )
 
     def admit(self) -> list[LiveSequence]:
         """Gives those who came first blocks for all their tokens, as long as there are enough."""
         admitted = []
         while self.can_admit:
-            admitted.append(self._place(self.waiting.popleft()))
+            first = self.waiting.first
+            self.waiting.leave(first)
+            admitted.append(self._place(first))
         return admitted
 
     def _match(self, sequence: LiveSequence) -> PrefixMatch:
@@ -176,8 +179,7 @@ class Scheduler:
         sequence.preemptions += 1
         sequence.prompt_logprobs.clear()
         self.preemptions += 1
-        place = sum(1 for other in self.waiting if other.arrival < sequence.arrival)
-        self.waiting.insert(place, sequence)
+        self.waiting.rejoin(sequence)
 
     def advance(self, chunk: Chunk) -> None:
         """The chunk's keys and values lie in the sequence's blocks."""
@@ -220,7 +222,7 @@ class Scheduler:
     def remove(self, sequence: LiveSequence) -> None:
         """Forgets a sequence in any stage, and frees its blocks."""
         if sequence.stage is Stage.WAITING:
-            self.waiting.remove(sequence)
+            self.waiting.leave(sequence)
         elif sequence.stage is Stage.RESERVED:
             self.reserved.remove(sequence)
         elif sequence.stage is Stage.RUNNING:
@@ -235,19 +237,18 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Tokens still to compute before those who wait or prefill can draw their next."""
-        queued = sum(len(s.tokens) for s in self.waiting if s.prefill is not Prefill.ELSEWHERE)
-        return queued + sum(s.remaining for s in self.running if s.remaining > 1)
+        return self.waiting.tokens + sum(s.remaining for s in self.running if s.remaining > 1)
 
     @property
     def waiting_token_context(self) -> float:
         """The sum of `new * context` over these, as PrefillCost has it."""
-        queued = sum(len(s.tokens) ** 2 / 2 for s in self.waiting if s.prefill is not Prefill.ELSEWHERE)
-        return queued + sum(s.remaining * (s.computed + s.remaining / 2) for s in self.running if s.remaining > 1)
+        begun = sum(s.remaining * (s.computed + s.remaining / 2) for s in self.running if s.remaining > 1)
+        return self.waiting.token_context + begun
 
     @property
     def kv_blocks_wanted(self) -> int:
-        """Blocks of all that those who wait have to keep, the prefixes that they may find cached included."""
-        return sum(self._blocks_for(len(s.tokens)) for s in self.waiting)
+        """That those who wait will hold."""
+        return self.waiting.kv_blocks
 
     @property
     def kv_tokens(self) -> int:
@@ -264,6 +265,11 @@ class Scheduler:
             by_stage[sequence.stage].append(sequence)
         assert sorted(by_stage[Stage.WAITING], key=_arrival) == list(self.waiting), "the queue is not in order"
         assert sorted(by_stage[Stage.RUNNING], key=_arrival) == self.running
+        anew = WaitingLine(self.block_tokens)
+        for sequence in self.waiting:
+            anew.join(sequence)
+        line = self.waiting
+        assert (line.tokens, line.token_context, line.kv_blocks) == (anew.tokens, anew.token_context, anew.kv_blocks)
         assert set(by_stage[Stage.RESERVED]) == self.reserved
         holders = Counter(block for sequence in chain(*by_stage.values()) for block in sequence.blocks)
         assert holders == self.pool.holders(), "blocks are leaked or owned by nobody"

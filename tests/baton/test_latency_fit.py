@@ -298,6 +298,16 @@ def test_chunks_that_were_timed_together_teach_the_same_as_one_by_one() -> None:
     def draw(random: Random) -> StepWork:
         return random.choice([prompt, prefilling])(random)
 
+    exact = serve(LatencyFit(WORKER), WORKER, draw, 100, Random(5), noise=0)
+    assert coefficients(exact.latency) == pytest.approx(coefficients(WORKER), rel=1e-6)
     fit = serve(LatencyFit(), WORKER, draw, 300, Random(5))
     assert worst_error(fit.latency, WORKER, draw) < 0.08
     assert worst_error(fit.latency, WORKER, prefilling) < 0.1
+
+
+def test_small_transfers_after_large_ones_do_not_spoil_what_is_known_of_the_bandwidth() -> None:
+    link, fit, randomness = TransferCost(0.002, 1e9), LatencyFit(), Random(5)
+    for size in [100_000_000] * 200 + [20_000] * 12:
+        fit.observe_transfer(size, link.time_s(size) * randomness.lognormvariate(0, 0.05))
+    assert fit.latency.transfer.time_s(100_000_000) == pytest.approx(link.time_s(100_000_000), rel=0.3)
+    assert fit.latency.transfer.time_s(20_000) == pytest.approx(link.time_s(20_000), rel=0.3)

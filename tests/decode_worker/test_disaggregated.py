@@ -201,6 +201,10 @@ def test_a_dead_candidate_costs_nothing_but_time(llama: Path, with_pair: Run) ->
         second = await pair.stream.ask(prompt, GREEDY, [NOBODY, pair.prefill.address])
         assert second.token_ids == reference(llama, prompt, 24)
         assert second.timeline.prefill_worker == f"worker at {pair.prefill.address}"
+        assert [list(message.failed_prefill_workers) for message in second.messages[:2]] == [
+            [f"worker at {NOBODY}"],
+            [],
+        ]
         alone = await pair.stream.ask(other, GREEDY, [NOBODY])
         assert alone.token_ids == reference(llama, other, 24)
         assert alone.timeline.prefill_worker == ""
@@ -339,7 +343,30 @@ def test_a_tickets_own_deadline_counts_where_it_is_shorter(llama: Path, with_pai
         assert answer.timeline.prefill_worker == "", "the prefill worker let go; the decode worker computed it"
         assert answer.token_ids == reference(llama, prompt, 24)
 
-    with_pair(test, chunk_tokens=16)
+    with_pair(test, chunk_tokens=16, transports=("tcp",))
+
+
+def test_where_the_time_went_is_told_with_the_first_token_and_in_the_end(with_pair: Run) -> None:
+    prompt = random_prompt(140)
+
+    async def test(pair: Pair) -> None:
+        for answer in (await pair.ask(prompt, GREEDY), await pair.stream.ask(random_prompt(30), GREEDY)):
+            first, *between, last = answer.messages
+            assert not any(message.HasField("timeline") for message in between)
+            for field in (
+                "queue_s",
+                "prefill_queue_s",
+                "prefill_s",
+                "transfer_exposed_s",
+                "first_token_s",
+                "transport",
+            ):
+                assert getattr(first.timeline, field) == getattr(last.timeline, field), field
+            assert first.timeline.decode_s < last.timeline.decode_s
+            waited_s = first.timeline.queue_s + first.timeline.prefill_queue_s + first.timeline.prefill_s
+            assert 0 < waited_s + first.timeline.transfer_exposed_s <= first.timeline.first_token_s + 1e-6
+
+    with_pair(test)
 
 
 def test_a_worker_whose_engine_dies_of_a_bug_says_so(llama: Path, redis_server: EmbeddedRedis, key_prefix: str) -> None:

@@ -1,6 +1,7 @@
 """A request that another decode worker began: prefilled apart or here, the tokens are those that nothing disturbed."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,31 @@ def test_past_its_deadline_a_request_ends_and_lets_go_on_both_sides(
             answer = await pair.ask(PROMPT, endless, deadline_s=0.05)
             assert answer.messages[-1].error_kind == worker_pb2.ERROR_KIND_DEADLINE_EXCEEDED
             assert "0.05 s" in answer.error
+            await pair.until_idle()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_deadline_passes_whatever_the_engine_is_doing(
+    has_begun: bool, model: Path, redis_server: EmbeddedRedis, key_prefix: str
+) -> None:
+    """The engine stands still, before the request is admitted or when its first token is out."""
+    endless = SamplingParams(temperature=0, max_tokens=600, ignore_eos=True)
+
+    async def main() -> None:
+        async with running_pair(model, redis_server.url, key_prefix, kv_blocks=512) as pair:
+            go_on = threading.Event()
+            stand_still = pair.decode._host.engine.post
+            if not has_begun:
+                stand_still(lambda _: go_on.wait(60))
+            request_id = await pair.stream.submit(PROMPT, endless, deadline_s=0.5 if has_begun else 0.05)
+            if has_begun:
+                assert (await pair.stream.next_output(request_id)).token_ids
+                stand_still(lambda _: go_on.wait(60))
+            answer = await pair.stream.answer(request_id)
+            assert answer.messages[-1].error_kind == worker_pb2.ERROR_KIND_DEADLINE_EXCEEDED
+            go_on.set()
             await pair.until_idle()
 
     asyncio.run(main())

@@ -87,6 +87,7 @@ def test_a_worker_lost_amid_a_stream_is_no_more_than_a_pause(model_directory: Pa
             lines = response.aiter_lines()
             read = [await anext(lines)]
             if worker is not None:
+                await until_usable(rig, 2)
                 await worker.stop()
             read += [line async for line in lines]
         events = [line.removeprefix("data: ") for line in read if line.startswith("data: ")]
