@@ -14,11 +14,11 @@ from baton.ids import BlockHash, RequestId, WorkerId
 from baton.latency import DecodeCost, PrefillCost, TransferCost, WorkerLatency
 from bench.router_sides import EventFigures
 from bench.router_workload import BLOCK_TOKENS, Form, Step, Workload
-from router.block_names import BlockKind, BlockNames
-from router.decision import Decision
-from router.placement import PlacementRequest
-from router.placer import Placer
-from router.prefix_index import Applied, PrefixIndex
+from router.index.prefix_index import Applied, PrefixIndex
+from router.placement.block_names import BlockKind, BlockNames
+from router.placement.decision import Decision
+from router.placement.placer import Placer
+from router.placement.price import PlacementRequest
 
 MODEL = "m"
 EPOCH = "1"

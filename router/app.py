@@ -14,21 +14,21 @@ from redis.asyncio import Redis
 from baton.clock import Clock, monotonic
 from baton.service import GrpcService
 from baton.settings import RouterSettings
-from router.admission import Admission
-from router.admission_metrics import AdmissionMetrics
+from router.admission.admission import Admission
+from router.admission.metrics import AdmissionMetrics
+from router.admission.tenancy import Tenancy
 from router.catalog import load_catalog
 from router.cluster_view import ClusterView
-from router.decision_log import DecisionLog
 from router.frontend import SEED_BITS, Frontend
 from router.generation import Generator
 from router.grpc_api import SERVICE, InferenceService
-from router.http_api import make_http_app
-from router.http_server import HttpServer
-from router.index_metrics import IndexCollector
+from router.http.api import make_http_app
+from router.http.server import HttpServer
+from router.index.metrics import IndexCollector
 from router.metrics import ModelMetrics, RouterMetrics, WorkerCollector
 from router.peers import Peers
-from router.tenancy import Tenancy
-from router.tokenizer import TextThreads, Tokenizer
+from router.placement.decision_log import DecisionLog
+from router.text.tokenizer import TextThreads, Tokenizer
 from router.worker_pool import Membership
 
 log = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from baton.ids import RequestId, WorkerId
 from baton.rpc import common_pb2, worker_pb2
 from router.cooldown import Cooldowns
-from router.decision import Decision
-from router.decision_log import Outcome, PlacementRecord
 from router.metrics import ModelMetrics
-from router.placer import Placer
+from router.placement.decision import Decision
+from router.placement.decision_log import Outcome, PlacementRecord
+from router.placement.placer import Placer
 from router.worker_pool import Event, WorkerLost
 
 PROGRESS_TOKENS = 16

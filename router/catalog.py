@@ -7,12 +7,12 @@ from pathlib import Path
 
 from baton.errors import ModelNotFound, Unavailable
 from baton.settings import ModelSettings, RouterSettings
+from router.admission.tenants import Tenant
 from router.generation import Generator
 from router.metrics import ModelMetrics
 from router.model_facts import ModelFacts
-from router.prompts import PromptEncoder
-from router.tenants import Tenant
-from router.tokenizer import TextThreads, Tokenizer
+from router.text.prompts import PromptEncoder
+from router.text.tokenizer import TextThreads, Tokenizer
 from router.upstream import Upstream
 
 NAMES_TOLD_MAX = 10

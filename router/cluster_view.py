@@ -16,11 +16,11 @@ from baton.cluster.routers import RouterAnnouncement, RouterWatch
 from baton.cluster.worker_info import WorkerInfo
 from baton.ids import WorkerId
 from baton.settings import RouterSettings
-from router.cache_snapshots import GrpcSnapshots
 from router.cooldown import Cooldowns
-from router.index_feed import IndexFeed
-from router.placer import Placer
-from router.prefix_index import PrefixIndex
+from router.index.feed import IndexFeed
+from router.index.prefix_index import PrefixIndex
+from router.index.snapshots import GrpcSnapshots
+from router.placement.placer import Placer
 from router.worker_pool import Membership, WorkerPool
 
 log = logging.getLogger(__name__)

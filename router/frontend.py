@@ -10,14 +10,14 @@ from baton.cluster.worker_info import WorkerInfo
 from baton.ids import RequestId
 from baton.rpc import inference_pb2
 from baton.settings import RouterSettings
-from router.admission import Admission, Turn, TurnRequest
+from router.admission.admission import Admission, Turn, TurnRequest
+from router.admission.request_class import RequestClass
+from router.admission.tenants import Tenant, Tenants
 from router.catalog import Catalog, ServedModel
 from router.generation import Generation
 from router.metrics import RouterMetrics
-from router.request_class import RequestClass
 from router.request_id import SANE_ID
 from router.sequence import SequenceRequest
-from router.tenants import Tenant, Tenants
 
 SEED_BITS = 63
 FORGOTTEN = (

@@ -14,18 +14,18 @@ from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloade
 from baton.ids import RequestId, WorkerId
 from baton.rpc import common_pb2, worker_pb2
 from baton.rpc.convert import sampling_to_proto
+from router.admission.expected_tokens import ExpectedTokens
 from router.attempt import Attempt, Books, Pace
-from router.block_names import BlockNames
 from router.cooldown import Cooldowns
-from router.decision import Decision
-from router.decision_log import DecisionLog, RequestRecord
-from router.expected_tokens import ExpectedTokens
 from router.metrics import ModelMetrics
 from router.model_facts import ModelFacts
-from router.placement import PlacementRequest
-from router.placer import Placer
+from router.placement.block_names import BlockNames
+from router.placement.decision import Decision
+from router.placement.decision_log import DecisionLog, RequestRecord
+from router.placement.placer import Placer
+from router.placement.price import PlacementRequest
 from router.sequence import Delta, SequenceProgress, SequenceRequest
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 from router.worker_pool import Event, WorkerLost, WorkerPool
 
 log = logging.getLogger(__name__)

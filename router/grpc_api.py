@@ -13,14 +13,14 @@ from baton.ids import RequestId, new_request_id
 from baton.rpc import common_pb2, inference_pb2
 from baton.rpc.convert import logprobs_to_proto, sampling_from_proto
 from baton.rpc.status_codes import status_code
+from router.admission.request_class import RequestClass
 from router.catalog import ServedModel
 from router.frontend import FORGOTTEN, Caller, Frontend, Order
 from router.generation import Generation
-from router.http_errors import retry_after_s
-from router.request_class import RequestClass
+from router.http.errors import retry_after_s
 from router.request_id import SANE_ID
 from router.sequence import Delta, SequenceRequest
-from router.stop_strings import check_stops
+from router.text.stop_strings import check_stops
 
 SERVICE = "baton.v1.Inference"
 CACHE_SALT_CHARACTERS_MAX = 256

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 from baton.rpc import common_pb2, worker_pb2
 from baton.rpc.convert import logprobs_from_proto
 from baton.sampling import PositionLogprobs, SamplingParams
-from router.detokenizer import Detokenizer
-from router.stop_strings import Scanned, StopStrings
+from router.text.detokenizer import Detokenizer
+from router.text.stop_strings import Scanned, StopStrings
 
 FinishReason = Literal["stop", "length"]
 _FINISH_REASONS: dict[int, FinishReason] = {

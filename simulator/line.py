@@ -1,11 +1,11 @@
-"""Waiting for one's turn at the router, in virtual time: the real queue, looked at as router/turn_line.py does."""
+"""Waiting for one's turn at the router, in virtual time: the real queue, looked at as admission's turn_line.py does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router.fair_queue import Ask, Waiting
-from router.turn_line import POLL_S
-from router.turn_queue import Refused, TurnQueue
+from router.admission.fair_queue import Ask, Waiting
+from router.admission.turn_line import POLL_S
+from router.admission.turn_queue import Refused, TurnQueue
 from simulator.job import Job
 from simulator.virtual_time import VirtualTime
 

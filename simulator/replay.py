@@ -7,8 +7,8 @@ from random import Random
 from baton.errors import SettingsError
 from baton.ids import BlockHash
 from baton.settings import Policy
-from router.placer import Placer
-from router.prefix_index import PrefixIndex
+from router.index.prefix_index import PrefixIndex
+from router.placement.placer import Placer
 from simulator.decode import SimulatedDecodeWorker
 from simulator.job import Job
 from simulator.line import Admission

@@ -9,12 +9,12 @@ from baton.cluster.router_info import PlacedLoad
 from baton.cluster.worker_info import WorkerInfo
 from baton.errors import Unavailable
 from baton.ids import BlockHash, WorkerId
+from router.admission.expected_tokens import ExpectedTokens
 from router.attempt import PROGRESS_TOKENS
-from router.block_names import BlockKind
-from router.expected_tokens import ExpectedTokens
-from router.placement import PlacementRequest
-from router.placer import Placer
-from router.prefix_index import Applied, PrefixIndex
+from router.index.prefix_index import Applied, PrefixIndex
+from router.placement.block_names import BlockKind
+from router.placement.placer import Placer
+from router.placement.price import PlacementRequest
 from simulator.decode import SimulatedDecodeWorker
 from simulator.job import Job
 from simulator.line import Admission, SimulatedLine

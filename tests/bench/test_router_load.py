@@ -34,7 +34,7 @@ def test_an_unknown_door_is_refused(door: str) -> None:
 
 
 def test_a_c_function_counts_where_it_was_called() -> None:
-    answer, loop = ("/x/router/answer.py", 1, "chunk"), ("/y/asyncio/tasks.py", 2, "step")
+    answer, loop = ("/x/router/http/answer.py", 1, "chunk"), ("/y/asyncio/tasks.py", 2, "step")
     encode = ("~", 0, "<encode>")
     stats: Stats = {
         answer: (1, 1, 1.0, 3.0, {}),
@@ -45,6 +45,6 @@ def test_a_c_function_counts_where_it_was_called() -> None:
 
 
 def test_files_are_sorted_by_what_they_do() -> None:
-    assert place_of("/a/router/http_io.py") == "answer, JSON, SSE"
-    assert place_of("/a/router/http_api.py") == "HTTP server"
+    assert place_of("/a/router/http/io.py") == "answer, JSON, SSE"
+    assert place_of("/a/router/http/api.py") == "HTTP server"
     assert place_of("/usr/lib/python3.11/uuid.py") == OTHER

@@ -10,7 +10,7 @@ from baton.errors import InvalidRequest, Unavailable
 from baton.rpc import inference_pb2
 from launcher.cli import run
 from launcher.explain import fetch_decision, milliseconds, render
-from router.http_operator import as_json
+from router.http.operator import as_json
 
 COLUMNS = 100
 

@@ -16,13 +16,13 @@ from baton.cluster.worker_info import WorkerInfo
 from baton.ids import RequestId
 from baton.sampling import PositionLogprobs, SamplingParams
 from router.cooldown import Cooldowns
-from router.decision_log import DecisionLog
 from router.generation import Generation, Generator, Usage
+from router.index.prefix_index import PrefixIndex
 from router.metrics import RouterMetrics
-from router.placer import Placer
-from router.prefix_index import PrefixIndex
+from router.placement.decision_log import DecisionLog
+from router.placement.placer import Placer
 from router.sequence import Delta, SequenceRequest, join
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 from router.worker_pool import WorkerPool
 
 REQUEST = RequestId("r")

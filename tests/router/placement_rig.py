@@ -8,11 +8,11 @@ from baton.cluster.worker_info import Load, Role, WorkerInfo
 from baton.ids import BlockHash, WorkerId
 from baton.latency import DecodeCost, PrefillCost, TransferCost, WorkerLatency
 from baton.settings import Policy
-from router.block_names import BlockKind
-from router.decision import Decision
-from router.placement import PlacementRequest
-from router.placer import Placer
-from router.prefix_index import PrefixIndex
+from router.index.prefix_index import PrefixIndex
+from router.placement.block_names import BlockKind
+from router.placement.decision import Decision
+from router.placement.placer import Placer
+from router.placement.price import PlacementRequest
 
 BLOCK_TOKENS = 16
 LATENCY = WorkerLatency(

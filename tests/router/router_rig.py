@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from baton.cluster.redis_client import connect_redis
 from baton.settings import RouterSettings
 from router.app import Router
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 
 
 class Rig:

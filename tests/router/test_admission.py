@@ -11,11 +11,11 @@ from baton.clock import ManualClock
 from baton.cluster.served_tokens import Share
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, RateLimited, Unavailable
 from baton.settings import RouterSettings
-from router.admission import Admission, Turn, TurnRequest
-from router.admission_metrics import AdmissionMetrics
-from router.request_class import RequestClass
-from router.tenants import OPEN, Tenant
-from router.turn_line import NO_WORKER_S_MAX
+from router.admission.admission import Admission, Turn, TurnRequest
+from router.admission.metrics import AdmissionMetrics
+from router.admission.request_class import RequestClass
+from router.admission.tenants import OPEN, Tenant
+from router.admission.turn_line import NO_WORKER_S_MAX
 
 A, B = Tenant(name="a"), Tenant(name="b")
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.answer import Answer
 from router.catalog import ServedModel
-from router.chat import ChatAnswer
-from router.completions import CompletionAnswer
 from router.generation import Generation, Usage
-from router.openai_requests import ChatCompletionRequest, CompletionRequest
+from router.http.answer import Answer
+from router.http.chat import ChatAnswer
+from router.http.completions import CompletionAnswer
+from router.http.openai_requests import ChatCompletionRequest, CompletionRequest
 from router.sequence import Delta, SequenceProgress, SequenceRequest
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 
 
 class HalfDone:

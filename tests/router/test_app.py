@@ -10,7 +10,7 @@ from router_rig import ListedMembership, running
 from baton.errors import SettingsError
 from baton.settings import RouterSettings
 from router.app import Router
-from router.http_server import listen
+from router.http.server import listen
 
 
 def test_taken_ports_and_missing_tokenizers_are_clear_errors(model_directory: Path, tmp_path: Path) -> None:

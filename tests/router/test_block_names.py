@@ -1,6 +1,6 @@
 from baton.ids import BlockHash
 from kvcache.block_hash import block_hashes, root_hash
-from router.block_names import BlockKind, BlockNames
+from router.placement.block_names import BlockKind, BlockNames
 from tests.router.placement_rig import a_worker
 
 KIND = BlockKind("f", 4, "float32")

@@ -5,9 +5,9 @@ import pytest
 
 from baton.errors import ModelNotFound, SettingsError, Unavailable
 from baton.settings import ModelSettings, RouterSettings, load_settings
+from router.admission.tenants import OPEN
 from router.catalog import NAMES_TOLD_MAX, Catalog, ServedModel
 from router.model_facts import ModelFacts
-from router.tenants import OPEN
 
 ANYTHING = cast(Any, None)
 

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from baton.cluster.worker_info import Role, WorkerInfo
 from baton.ids import RequestId, WorkerId
 from baton.rpc import common_pb2, inference_pb2
-from router.decision import CachedTokens, Candidate, Decision, Excluded, Terms
-from router.decision_log import DecisionLog, PlacementRecord, RequestRecord
+from router.placement.decision import CachedTokens, Candidate, Decision, Excluded, Terms
+from router.placement.decision_log import DecisionLog, PlacementRecord, RequestRecord
 
 REQUEST = RequestId("r")
 NOW = 1_700_000_000.0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.fair_queue import Ask, FairQueue, Waiting
+from router.admission.fair_queue import Ask, FairQueue, Waiting
 
 FAR_S = 1e9
 _numbers = count()

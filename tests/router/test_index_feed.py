@@ -23,10 +23,10 @@ from baton.cluster.redis_server import EmbeddedRedis
 from baton.ids import BlockHash, WorkerId
 from baton.latency import Tier
 from baton.rpc import worker_pb2
-from router.cache_snapshots import GrpcSnapshots
-from router.index_feed import FeedPace, IndexFeed
-from router.index_metrics import IndexCollector
-from router.prefix_index import EXPECT_S, Doubt, PrefixIndex
+from router.index.feed import FeedPace, IndexFeed
+from router.index.metrics import IndexCollector
+from router.index.prefix_index import EXPECT_S, Doubt, PrefixIndex
+from router.index.snapshots import GrpcSnapshots
 
 PATIENCE_S = 10.0
 FAST = FeedPace(

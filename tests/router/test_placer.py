@@ -13,8 +13,8 @@ from baton.cluster.worker_info import Load, WorkerInfo
 from baton.errors import Unavailable
 from baton.ids import WorkerId
 from baton.latency import WorkerLatency
-from router.placement import LIKELY_TO_COME
-from router.placer import CANDIDATES_MAX, TIE_S
+from router.placement.placer import CANDIDATES_MAX, TIE_S
+from router.placement.price import LIKELY_TO_COME
 from tests.router.placement_rig import BUSY, LATENCY, Rig, a_fleet, a_request, a_worker, pair_of, slowed
 
 
@@ -238,6 +238,10 @@ def test_pools_of_one_model_are_all_candidates_but_pair_only_among_themselves() 
             assert one.prefill is None or one.prefill.fingerprint == one.decode.fingerprint
 
 
+HALF_A_CHUNK_LESS = 0.95
+"""Of ten chunks that a worker reports, half of the one that runs is done."""
+
+
 def test_a_report_takes_the_place_of_what_was_assumed() -> None:
     rig = Rig(a_fleet(1, 1))
     step_s = rig.placer.queue_s("m")
@@ -254,7 +258,7 @@ def test_a_report_takes_the_place_of_what_was_assumed() -> None:
     rig.clock.advance(1)
     reported = Load(waiting_tokens=5120, waiting_token_context=5120.0 * 7500)
     rig.placer.set_workers([a_worker("p0", "prefill", load=reported), a_worker("d0", load=BUSY)])
-    left_s = 10 * 0.005 + 5120 * 5e-5 + 5120 * 7500 * 1e-9
+    left_s = (10 * 0.005 + 5120 * 5e-5 + 5120 * 7500 * 1e-9) * HALF_A_CHUNK_LESS
     assert queue_s() == pytest.approx(left_s, abs=0.01), "it takes longer than thought"
     rig.clock.advance(1)
     rig.placer.set_workers(a_fleet(1, 1))
@@ -321,7 +325,9 @@ def test_a_queue_at_every_prefill_worker_is_a_queue_and_room_on_one_decode_worke
     waiting = Load(waiting_tokens=5120)
     queued = [a_worker("p0", "prefill", load=waiting), a_worker("p1", "prefill", load=waiting)]
     full = a_worker("full", load=Load(running_sequences=10, kv_blocks_used=100_000))
-    assert Rig([*queued, a_worker("d")]).placer.queue_s("m") == pytest.approx(10 * 0.005 + 5120 * 5e-5)
+    assert Rig([*queued, a_worker("d")]).placer.queue_s("m") == pytest.approx(
+        (10 * 0.005 + 5120 * 5e-5) * HALF_A_CHUNK_LESS
+    )
     assert Rig([*queued, a_worker("p2", "prefill"), a_worker("d")]).placer.queue_s("m") == 0
     assert Rig([a_worker("p", "prefill"), a_worker("d"), full]).placer.queue_s("m") == 0
     assert Rig([a_worker("p", "prefill"), full]).placer.queue_s("m") > 0.01

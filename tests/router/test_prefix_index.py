@@ -8,8 +8,8 @@ from baton.clock import ManualClock
 from baton.cluster.cache_events import CacheChanges, CacheEvents
 from baton.ids import BlockHash, WorkerId
 from baton.latency import Tier
-from router.block_table import INTERNED_MAX, SHARDS, keys_of
-from router.prefix_index import EXPECT_S, Applied, Doubt, Freshness, PrefixIndex, PrefixLength
+from router.index.block_table import INTERNED_MAX, SHARDS, keys_of
+from router.index.prefix_index import EXPECT_S, Applied, Doubt, Freshness, PrefixIndex, PrefixLength
 
 A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
 
@@ -304,7 +304,7 @@ def test_a_new_life_is_not_expected_to_have_what_the_old_one_was_sent() -> None:
 
 
 def test_expectations_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.expectations.EXPECTED_BLOCKS_MAX", 100)
+    monkeypatch.setattr("router.index.expectations.EXPECTED_BLOCKS_MAX", 100)
     rig = Rig(A)
     rig.index.doubt(A, Doubt.REDIS_AWAY)
     for number in range(50):

@@ -12,7 +12,7 @@ from baton.clock import ManualClock
 from baton.cluster.cache_events import CacheChanges, CacheEvents
 from baton.ids import BlockHash, WorkerId
 from baton.latency import TIERS, Tier
-from router.prefix_index import EXPECT_S, Applied, Doubt, PrefixIndex, PrefixLength
+from router.index.prefix_index import EXPECT_S, Applied, Doubt, PrefixIndex, PrefixLength
 
 CHAINS = [[BlockHash(sha256(f"{chain}/{block}".encode()).digest()[:16]) for block in range(6)] for chain in range(3)]
 # The first three share their first two blocks with each other.

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.ids import BlockHash, WorkerId
-from router.block_names import BlockKind
-from router.block_table import PrefixLength, column_numbers
-from router.demand import Demand
-from router.fleet import Fleet
-from router.prefix_index import PrefixIndex
-from router.prefixes import Prefixes
-from router.worker_load import WorkerLoad
+from router.index.block_table import PrefixLength, column_numbers
+from router.index.prefix_index import PrefixIndex
+from router.index.prefixes import Prefixes
+from router.placement.block_names import BlockKind
+from router.placement.demand import Demand
+from router.placement.fleet import Fleet
+from router.placement.worker_load import WorkerLoad
 from tests.router.placement_rig import BLOCK_TOKENS, a_worker
 
 SHORT, LONG = PrefixLength(2), PrefixLength(5, 1)

@@ -2,8 +2,8 @@ from fake_worker import LENGTH, STOP, output
 
 from baton.rpc import common_pb2
 from baton.sampling import SamplingParams
-from router.detokenizer import WindowDetokenizer
 from router.sequence import Delta, SequenceProgress, SequenceRequest, join
+from router.text.detokenizer import WindowDetokenizer
 
 
 def progress(**fields: object) -> SequenceProgress:

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import InvalidRequest
-from router.stop_strings import STOP_CHARACTERS_MAX, STOPS_MAX, StopStrings, check_stops
+from router.text.stop_strings import STOP_CHARACTERS_MAX, STOPS_MAX, StopStrings, check_stops
 
 
 def scan(pieces: list[str], stops: list[str], *, include_stop: bool = False) -> tuple[str, str | None]:

@@ -22,13 +22,13 @@ from baton.cluster.redis_server import EmbeddedRedis
 from baton.cluster.served_tokens import ServedElsewhere, ServedTokens, Share
 from baton.errors import RateLimited, SettingsError
 from baton.settings import RouterSettings
-from router.admission import Admission, TurnRequest
-from router.admission_metrics import AdmissionMetrics
-from router.fair_queue import Ask
-from router.shared_limits import SharedLimits
-from router.tenancy import Tenancy
-from router.tenants import Tenant
-from router.turn_queue import Joined, TurnQueue
+from router.admission.admission import Admission, TurnRequest
+from router.admission.fair_queue import Ask
+from router.admission.metrics import AdmissionMetrics
+from router.admission.shared_limits import SharedLimits
+from router.admission.tenancy import Tenancy
+from router.admission.tenants import Tenant
+from router.admission.turn_queue import Joined, TurnQueue
 
 KEY = "sk-0123456789abcdef0123"
 PATIENCE_S = 10.0

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import InvalidRequest, SettingsError, Unauthorized
-from router.tenants import OPEN, Tenant, Tenants
-from router.tenants_reload import TenantsReload
+from router.admission.tenants import OPEN, Tenant, Tenants
+from router.admission.tenants_reload import TenantsReload
 
 KEY, OTHER_KEY = "sk-0123456789abcdef0123", "sk-fedcba9876543210fedc"
 ASCII = st.text(st.characters(min_codepoint=0, max_codepoint=127), max_size=30)

@@ -20,7 +20,7 @@ from baton.client import Client
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.errors import Overloaded, Unauthorized
 from baton.rpc import inference_pb2, inference_pb2_grpc
-from router.admission import Admission, Turn, TurnRequest
+from router.admission.admission import Admission, Turn, TurnRequest
 
 ACME, BETA = "sk-acme-0123456789abcdef", "sk-beta-0123456789abcdef"
 TENANTS: dict[str, dict[str, Any]] = {
@@ -240,7 +240,7 @@ def test_a_tenants_limits_say_when_to_come_back(
     key_prefix: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("router.admission.RETRY_AFTER_S", 6.2)
+    monkeypatch.setattr("router.admission.admission.RETRY_AFTER_S", 6.2)
 
     async def main() -> None:
         worker = FakeDecodeWorker(is_silent)

@@ -13,9 +13,9 @@ from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from baton.errors import InvalidRequest, SettingsError
-from router.detokenizer import Detokenizer, WindowDetokenizer
-from router.prompts import PromptEncoder
-from router.tokenizer import INLINE_CHARACTERS_MAX, TextThreads, Tokenizer
+from router.text.detokenizer import Detokenizer, WindowDetokenizer
+from router.text.prompts import PromptEncoder
+from router.text.tokenizer import INLINE_CHARACTERS_MAX, TextThreads, Tokenizer
 
 VOCABULARY = 400
 

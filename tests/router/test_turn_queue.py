@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.fair_queue import Ask, Waiting
-from router.request_class import CLASSES, RequestClass
-from router.turn_queue import FLOORS, RETRY_AFTER_S_MAX, Joined, Refused, TurnQueue
+from router.admission.fair_queue import Ask, Waiting
+from router.admission.request_class import CLASSES, RequestClass
+from router.admission.turn_queue import FLOORS, RETRY_AFTER_S_MAX, Joined, Refused, TurnQueue
 
 FAR_S = 1e9
 

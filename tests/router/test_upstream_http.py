@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.rpc import inference_pb2, inference_pb2_grpc, worker_pb2
-from router.http_server import HttpServer
+from router.http.server import HttpServer
 
 Handler = Callable[[Request], Awaitable[Response]]
 KEY = "sk-acme-0123456789abcdef"

@@ -1,0 +1,1 @@
+"""Who may send what, who waits for whom, and who is refused."""

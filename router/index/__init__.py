@@ -1,0 +1,1 @@
+"""Knows which worker holds which KV blocks, from their events, and how fresh that is."""

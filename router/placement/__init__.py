@@ -1,0 +1,1 @@
+"""Prices every placement in seconds, chooses, and says why."""
