@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from bench.child import Stats
 
 PLACES: Mapping[str, tuple[str, ...]] = {
-    "detokenizer, stop strings": ("/router/detokenizer", "/router/sequence", "/router/stop_strings", "/tokenizers/"),
-    "tokenizer, template": ("/router/tokenizer", "/router/prompts", "/transformers/", "/jinja2/"),
-    "placement": (
-        *("/router/placement", "/router/placer", "/router/policies", "/router/prefix_index", "/router/block_names"),
-        *("/router/decision", "/kvcache/", "/numpy/", "/baton/latency"),
+    "detokenizer, stop strings": (
+        *("/router/text/detokenizer", "/router/text/stop_strings", "/router/sequence", "/tokenizers/"),
     ),
+    "tokenizer, template": ("/router/text/", "/transformers/", "/jinja2/"),
+    "placement": ("/router/placement/", "/router/index/", "/kvcache/", "/numpy/", "/baton/latency"),
     "generation, worker streams": ("/router/generation", "/router/worker_pool", "/router/attempt"),
-    "admission": ("/router/admission", "/router/turn_queue", "/router/tenants"),
+    "admission": ("/router/admission/",),
     "answer, JSON, SSE": (
-        *("/router/answer", "/router/chat", "/router/completions", "/router/openai_", "/router/http_errors"),
-        *("/router/http_io", "/json/", "/pydantic"),
+        *("/router/http/answer", "/router/http/chat", "/router/http/completions", "/router/http/openai_"),
+        *("/router/http/errors", "/router/http/io", "/json/", "/pydantic"),
     ),
-    "HTTP server": ("/router/http_", "/uvicorn/", "/starlette/", "/fastapi/", "/httptools/"),
+    "HTTP server": ("/router/http/", "/uvicorn/", "/starlette/", "/fastapi/", "/httptools/"),
     "gRPC, protobuf": ("/router/grpc_", "/grpc/", "/google/", "/baton/rpc/"),
     "metrics": ("/router/metrics", "/prometheus_client/"),
     "asyncio": ("/asyncio/",),
