@@ -8,6 +8,7 @@ time: writers go on and announce themselves anew, watchers keep what they last s
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -30,13 +31,16 @@ if redis.call('GET', KEYS[2]) == ARGV[2] then
 end
 """
 READ_AND_PRUNE = """
+local since = redis.call('GET', KEYS[2]) or ARGV[2]
+redis.call('SET', KEYS[2], since, 'EX', 60)
 local records = {}
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
   local record = redis.call('GET', ARGV[1] .. id)
   if record then records[#records + 1] = record else redis.call('SREM', KEYS[1], id) end
 end
-return records
+return {since, records}
 """
+"""Also returns what tells one life of Redis from the next: a mark, made by whoever first misses it."""
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -73,6 +77,10 @@ class Keys:
     @property
     def ids(self) -> str:
         return f"{{{self.prefix}}}:{self.kind}s"
+
+    @property
+    def since(self) -> str:
+        return f"{{{self.prefix}}}:{self.kind}s-since"
 
     def record(self, record_id: str) -> str:
         return f"{{{self.prefix}}}:{self.kind}:{record_id}"
@@ -141,6 +149,7 @@ class Watch(Generic[Record]):
         self._announced: tuple[Record, ...] = ()
         self._answered_s = float("-inf")
         self._hold_until_s = float("-inf")
+        self._since = ""
         self._news = asyncio.Event()
         self._polling = Repeater(self._poll, lease.poll_s, lease, f"Reading the list of {kind.name}s")
 
@@ -177,10 +186,14 @@ class Watch(Generic[Record]):
         await self._polling.close()
 
     async def _poll(self) -> None:
-        texts = await self._redis.eval(READ_AND_PRUNE, 1, self._keys.ids, self._keys.record(""))
+        since, texts = await self._redis.eval(
+            READ_AND_PRUNE, 2, self._keys.ids, self._keys.since, self._keys.record(""), secrets.token_hex(8)
+        )
         now_s = self._clock()
-        if self.is_stale:
+        came_back_empty = bool(self._since) and since != self._since  # perhaps between two polls, so that none failed
+        if self.is_stale or came_back_empty:
             self._hold_until_s = now_s + self._lease.expiry_s
+        self._since = since
         self._announced, self._answered_s = tuple(self._kind.parse(texts)), now_s
         records = self._kind.merge(self._records, self._announced, is_holding=now_s < self._hold_until_s)
         if records != self._records:

@@ -145,7 +145,26 @@ def test_a_worker_is_seen_changes_and_leaves(redis_server: EmbeddedRedis, key_pr
             await membership.close()
             await membership.close()
             await until(watch, lambda seen: seen == ())
-            assert await redis.keys(f"{{{key_prefix}}}*") == []
+            assert await redis.keys(f"{{{key_prefix}}}*") == [Keys(key_prefix, "worker").since]
+
+    run(test)
+
+
+def test_redis_back_empty_between_two_reads_loses_no_worker(redis_server: EmbeddedRedis, key_prefix: str) -> None:
+    async def test() -> None:
+        async with client_for(redis_server) as redis, watching(redis, key_prefix) as watch:
+            membership = Membership(redis, key_prefix, worker, FAST)
+            await membership.start()
+            await until(watch, lambda seen: len(seen) == 1)
+            sizes = []
+            for _ in range(5):
+                keys = Keys(key_prefix, "worker")
+                await redis.delete(keys.ids, keys.since, keys.record("decode-0"))
+                await watch._poll()
+                sizes.append(len(watch.workers()))
+            assert sizes == [1] * 5
+            await membership.close()
+            await until(watch, lambda seen: seen == ())
 
     run(test)
 
