@@ -4,6 +4,7 @@ All of them see the same prices and the same load. The others choose a decode wo
 each by its own score, lowest first; equals are drawn by lot.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Protocol, get_args
@@ -35,7 +36,7 @@ class LeastAddedLatency:
         return cheapest[0]
 
 
-class Scored:
+class Scored(ABC):
     """A decode worker by its score, then a prefill worker that can send to it; none where there is none."""
 
     def __init__(self, random: Random) -> None:
@@ -63,13 +64,15 @@ class Scored:
         score = np.where(np.isfinite(prefill_s), self.prefill_scores(costs), np.inf)
         return int(self._random.choice(np.flatnonzero(score == score.min())))
 
+    @abstractmethod
     def decode_scores(self, costs: Costs) -> Floats:
-        raise NotImplementedError
+        """One for each decode worker of the fleet; the lowest is chosen."""
 
+    @abstractmethod
     def prefill_scores(self, costs: Costs) -> Floats:
-        raise NotImplementedError
+        """One for each prefill worker of the fleet."""
 
-    def chosen(self, pair: Pair) -> None:
+    def chosen(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to remember
         """For policies that remember."""
 
 
