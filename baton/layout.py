@@ -3,7 +3,13 @@
 import math
 from dataclasses import dataclass
 
+from baton.ids import BlockId
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+PROBE_BLOCKS = 2
+"""At the end of a worker's region and never in its pool: links are tested with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,21 @@ class KVLayout:
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
         return (self.layers, 2, self.blocks, self.block_tokens, self.kv_heads, self.head_dim)
+
+    @property
+    def pool_blocks(self) -> int:
+        """All but the probe blocks."""
+        return self.blocks - PROBE_BLOCKS
+
+    @property
+    def probe_source(self) -> BlockId:
+        """What is sent to test a link: random bytes, written once."""
+        return BlockId(self.blocks - 2)
+
+    @property
+    def probe_target(self) -> BlockId:
+        """Where others write to test a link."""
+        return BlockId(self.blocks - 1)
 
     @property
     def slice_bytes(self) -> int:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -20,6 +20,7 @@ from pydantic_settings import (
 from baton.errors import SettingsError
 
 Port = int
+TransportName = Literal["inproc", "shm", "nixl", "ucx", "tcp"]
 RECALL_MODEL = "recall"
 """Stands for the bundled demo model wherever a model directory or id is asked for."""
 
@@ -39,6 +40,10 @@ class ServiceSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on")
     advertise_host: str | None = Field(None, description="Address that others reach this process at; default: host")
     grpc_port: Port = Field(0, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+    cluster_secret: SecretStr | None = Field(
+        None, description="What workers prove to each other that they belong together with; unset: anybody may ask"
+    )
+    cluster_secret_file: Path | None = Field(None, description="File that holds it; read at start")
     drain_timeout_s: float = Field(30, ge=0, description="How long running requests may take to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged at least")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint")
@@ -82,10 +87,27 @@ class WorkerSettings(ServiceSettings):
     sequences_max: int = Field(256, ge=1, description="Sequences in one batch at most")
     waiting_max: int = Field(1024, ge=1, description="Requests that may wait; past it they are refused")
     prefix_cache: bool = Field(True, description="Reuse the KV of prompts that start alike")
-    transports: tuple[Literal["inproc", "shm", "tcp"], ...] = Field(
-        ("shm", "tcp"), min_length=1, description="Allowed KV transports, best first"
+    transports: tuple[TransportName, ...] = Field(
+        ("shm", "nixl", "ucx", "tcp"), min_length=1, description="Allowed KV transports, best first"
+    )
+    transport: Literal["auto", TransportName] = Field(
+        "auto", description="The one KV transport to use, or not to serve; auto: the best of `transports` that works"
     )
     transport_port: Port = Field(0, ge=0, le=65535, description="Where KV blocks come in by tcp; 0 picks a free one")
+    transport_tls_certificate: Path | None = Field(
+        None, description="Certificate for tcp transfers (PEM); unset: no TLS"
+    )
+    transport_tls_key: Path | None = Field(None, description="Its key (PEM)")
+    transport_tls_authority: Path | None = Field(None, description="Who signs the certificates of all workers (PEM)")
+    transfer_bytes_in_flight_max: int = Field(
+        64 * 2**20, ge=1, description="KV bytes of one request that may be on their way at one time"
+    )
+    link_bytes_per_s_min: float = Field(
+        0, ge=0, description="A link that tests slower is called slow; 0: by what its transport should reach"
+    )
+    verify: Literal["always", "sampled", "never"] = Field(
+        "always", description="Which KV blocks are checked against their digests where they land"
+    )
     metrics_port: Port | None = Field(None, ge=0, le=65535, description="Prometheus port; unset: none")
     worker_id: str | None = Field(None, description="Default: role and a random suffix")
     pool: str = Field("default", min_length=1, description="Pool this worker belongs to, such as its GPU type")
@@ -97,8 +119,23 @@ class WorkerSettings(ServiceSettings):
             raise ValueError(f"others cannot reach this worker at {self.reachable_host}; set advertise_host")
         return self
 
+    @model_validator(mode="after")
+    def tls_is_complete(self) -> Self:
+        files = (self.transport_tls_certificate, self.transport_tls_key, self.transport_tls_authority)
+        if any(files) and not all(files):
+            raise ValueError("transport_tls_certificate, _key and _authority belong together: give all or none")
+        return self
+
+    @property
+    def allowed_transports(self) -> tuple[TransportName, ...]:
+        """Best first."""
+        return self.transports if self.transport == "auto" else (self.transport,)
+
 
 class PrefillWorkerSettings(WorkerSettings):
+    send: Literal["streamed", "after_prefill"] = Field(
+        "streamed", description="KV leaves while the prompt is computed, or after it, to compare with"
+    )
     prefill_timeout_s: float = Field(600, gt=0, description="Longest that a ticket may hold blocks")
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from baton.errors import TransferError, Unavailable
 from baton.ids import BlockId
-from baton.rpc import worker_pb2
+from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.convert import layout_to_proto, sampling_to_proto
 from decode_worker.prefill_client import PrefillClient
 from decode_worker.request import ActiveRequest
 from engine.interface import ModelInfo
-from kvtransfer.interface import Receiver
+from kvtransfer.registry import Ports
 
 log = logging.getLogger(__name__)
 
@@ -21,15 +21,17 @@ doubt about what is still written. Its own deadline is for a decode worker that 
 
 
 class RemotePrefill:
-    def __init__(self, model: ModelInfo, receiver: Receiver, client: PrefillClient, timeout_s: float) -> None:
-        self._model, self._receiver, self._client, self._timeout_s = model, receiver, client, timeout_s
+    def __init__(self, model: ModelInfo, ports: Ports, client: PrefillClient, timeout_s: float) -> None:
+        self._model, self._ports, self._client, self._timeout_s = model, ports, client, timeout_s
+        self._transports = [name for name in ports.transports if name not in ("nixl", "ucx")]
 
     async def start(self) -> None:
-        await self._receiver.start()
+        for transport in self._transports:
+            await self._ports.start(transport)
 
     async def close(self) -> None:
         await self._client.close()
-        await self._receiver.close()
+        await self._ports.close()
 
     async def fill(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> worker_pb2.PrefillCommit | None:
         """Asks the candidates one after another; None: none of them could.
@@ -48,12 +50,12 @@ class RemotePrefill:
                 request.committed(candidate.worker_id, started, commit)
                 return commit
             finally:
-                self._receiver.close_ticket(request.request_id)
+                self._ports.close_ticket(request.request_id)
         return None
 
     def _open_ticket(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> worker_pb2.Ticket:
         first_block = request.cached_tokens // self._model.layout.block_tokens
-        offers = self._receiver.open(request.request_id, blocks[first_block:])
+        offers = [self._ports.open(name, request.request_id, blocks[first_block:]) for name in self._transports]
         return worker_pb2.Ticket(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -64,6 +66,6 @@ class RemotePrefill:
             fingerprint=self._model.fingerprint,
             first_block=first_block,
             blocks=blocks[first_block:],
-            offers=[worker_pb2.TransportOffer(transport=o.transport, descriptor=o.descriptor) for o in offers],
+            offers=[transfer_pb2.TransportOffer(transport=o.transport, descriptor=o.descriptor) for o in offers],
             deadline_s=min(self._timeout_s, max(request.remaining_s, 0.0) + DEADLINE_GRACE_S),
         )

@@ -22,7 +22,7 @@ from decode_worker.session import DecodeServicer
 from engine.host import WorkerHost
 from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
 from kvtransfer.inproc import InprocHub
-from kvtransfer.registry import make_receiver
+from kvtransfer.registry import make_ports
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +59,17 @@ class DecodeWorker:
         """Returns when the model is loaded, the ports are open and the cluster knows."""
         settings = self._settings
         await self._host.load()
-        receiver = make_receiver(
-            settings.transports,
+        ports = make_ports(
+            settings.allowed_transports,
             self._host.engine.region,
+            self._host.registry,
             settings.host,
             settings.transport_port,
             settings.reachable_host,
-            self._host.registry,
             self._hub,
         )
         self._remote_prefill = RemotePrefill(
-            self._host.model, receiver, PrefillClient(settings.prefill_timeout_s), settings.prefill_timeout_s
+            self._host.model, ports, PrefillClient(settings.prefill_timeout_s), settings.prefill_timeout_s
         )
         await self._remote_prefill.start()
         servicer = DecodeServicer(self)

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from baton.settings import (
@@ -100,7 +100,7 @@ def kind(annotation: Any) -> str:
         return f"list of {kind(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return NESTED[annotation]
-    return {str: "text", int: "integer", float: "number", bool: "switch", Path: "file"}[annotation]
+    return {str: "text", int: "integer", float: "number", bool: "switch", Path: "file", SecretStr: "secret"}[annotation]
 
 
 def default(given: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from baton.cluster.cache_events import CacheChanges
 from baton.errors import BatonError
-from baton.ids import BlockId, RequestId
+from baton.ids import BlockHash, BlockId, RequestId
 from baton.latency import StepWork
 from baton.layout import KVLayout
 from baton.sampling import PositionLogprobs as PositionLogprobs
@@ -65,6 +65,8 @@ class Admitted:
     request_id: RequestId
     blocks: tuple[BlockId, ...]
     cached_tokens: int
+    digests: tuple[int, ...] = ()
+    """Of the cached blocks, where the engine keeps digests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,25 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksDigested:
+    """The digests (kvtransfer/digest.py) of a Prefill.ONLY request's blocks `[first, first + len(digests))`, computed
+    where the blocks were made. Each block that was computed here is told once, in order, before the request's
+    Generated or with it."""
+
+    request_id: RequestId
+    first: int
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Cached blocks that are kept as they are until `let_go`."""
+
+    blocks: tuple[BlockId, ...]
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepTiming:
     """What was computed, and how long it took."""
 
@@ -101,13 +122,16 @@ class StepResult:
     admitted: tuple[Admitted, ...] = ()
     generated: tuple[Generated, ...] = ()
     failed: tuple[Failed, ...] = ()
+    digested: tuple[BlocksDigested, ...] = ()
     timing: StepTiming | None = None
     """Of a step that computed and was waited for; on a device that is not every one (engine/stopwatch.py)."""
     cache_changes: CacheChanges = CacheChanges()  # noqa: RUF009 - frozen, and nobody changes its mappings
 
     def __bool__(self) -> bool:
         """Whether it says anything."""
-        return bool(self.admitted or self.generated or self.failed or self.timing or self.cache_changes)
+        return bool(
+            self.admitted or self.generated or self.failed or self.digested or self.timing or self.cache_changes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +203,31 @@ class Engine(Protocol):
     def abort(self, request_id: RequestId) -> None:
         """Forgets the request and frees its blocks; unknown ids are ignored."""
 
-    def commit(self, request_id: RequestId, first_token: int, logprobs: tuple[PositionLogprobs, ...]) -> None:
+    def abandon(self, request_id: RequestId) -> None:
+        """Prefill.ELSEWHERE, after Admitted: like `abort`, but somebody may still write into its blocks, so those that
+        were not cached stay out of the pool until `reclaim`. A request of the same id may be added meanwhile."""
+
+    def reclaim(self, request_id: RequestId) -> None:
+        """Nobody writes any more into the blocks of the abandoned requests of this id: they are free. Unknown ids are
+        ignored."""
+
+    def hold(self, names: Sequence[BlockHash]) -> Held:
+        """The longest run of `names`, from the first on, that the prefix cache has in HBM; may be empty. The caller
+        lets each Held go once."""
+
+    def let_go(self, held: Held) -> None: ...
+
+    def commit(
+        self,
+        request_id: RequestId,
+        first_token: int,
+        logprobs: tuple[PositionLogprobs, ...],
+        digests: tuple[int, ...] = (),
+    ) -> None:
         """Prefill.ELSEWHERE, after Admitted: the prompt's KV lies in the reserved blocks. They become
         visible to the prefix cache and the request decodes; the first token comes out of the next step
-        as Generated, like any other (and ends the request if it is a stop token)."""
+        as Generated, like any other (and ends the request if it is a stop token). `digests` are those of the blocks
+        that came from elsewhere (those after the cached ones), or none."""
 
     def prefill_here(self, request_id: RequestId) -> None:
         """Prefill.ELSEWHERE, after Admitted: nobody else could do it; compute it here, in the same blocks."""

@@ -48,6 +48,9 @@ class InprocReceiver:
         if ticket := self._tickets.close(request_id):
             del self._hub.doors[ticket.secret]
 
+    async def settle(self, request_id: RequestId) -> None:
+        """At once: nothing lands without this process, which asks the ticket before each copy."""
+
     async def close(self) -> None:
         for secret, door in tuple(self._hub.doors.items()):
             if door.region is self._region:

@@ -46,6 +46,10 @@ class Region(Protocol):
         """The view from `writable` is filled. Host memory: nothing to do. Device memory: copies it in;
         called on the loop with a few MB at most."""
 
+    def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
+        """The 64-bit digest (kvtransfer/digest.py) of each block, all layers, as it lies now. May take a while and be
+        called in any thread; for device memory it is computed there."""
+
     def share(self) -> bytes | None:
         """How another process of this user maps the region (kvtransfer/region.py), or None where it
         cannot."""
@@ -77,30 +81,35 @@ class Connection(Protocol):
         closes the ticket."""
 
 
-class Sender(Protocol):
-    """The prefill side; one per worker."""
+class TransportSender(Protocol):
+    """The sending side of one transport."""
 
-    async def connect(self, request_id: RequestId, offers: Sequence[Offer], layout: KVLayout) -> Connection:
-        """Takes the first offer that works; `layout` is the peer's. Raises TransferError, with each
-        offer's reason, if none does."""
+    transport: str
+
+    async def connect(self, offer: Offer, layout: KVLayout) -> Connection:
+        """`layout` is the peer's. Raises TransferError with the reason if this offer does not work from here."""
 
     async def close(self) -> None:
         """Closes its connections too."""
 
 
 class Receiver(Protocol):
-    """The decode side; one per worker."""
+    """The receiving side of one transport."""
 
     async def start(self) -> None:
-        """Raises TransferError if it cannot, such as for a port that is taken."""
+        """Called once, before `open`. Raises TransferError if it cannot, such as for a port that is taken."""
 
     def open(self, request_id: RequestId, blocks: Sequence[BlockId]) -> Sequence[Offer]:
         """Lets whoever holds an offer write into `blocks`, and nothing else, until `close_ticket`; an
-        earlier ticket of the same request is closed. Raises TransferError if there is no way to offer."""
+        earlier ticket of the same request is closed. None, where the region cannot be reached this way now."""
 
     def close_ticket(self, request_id: RequestId) -> None:
-        """Withdraws the offers. What this process itself receives (tcp, inproc) lands no more; a one-sided
-        writer (shm) sees it before its next copy, but may still be in one until it has answered `released`
-        or died. Unknown ids are ignored."""
+        """Withdraws the offers. What this process itself moves lands no more; a one-sided writer (shm) sees it
+        before its next copy, but may still be in one until `settle`. Unknown ids are ignored."""
+
+    async def settle(self, request_id: RequestId) -> None:
+        """After `close_ticket`: returns once no byte can land any more under any ticket that this request had, whoever
+        writes: the fence before its blocks may be somebody else's. At once where nothing was under way; as long as a
+        writer is stopped in the middle of a copy, so callers bound it and keep the blocks. Unknown ids are settled."""
 
     async def close(self) -> None: ...

@@ -1,12 +1,15 @@
 """A worker's KV region in host memory, which other processes of the machine can map and write."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Self
 
 from baton.errors import TransferError
+from baton.ids import BlockId
 from baton.layout import DTYPE_BYTES, KVLayout
 from baton.process import ProcessIdentity
+from kvtransfer.digest import block_digests
 from kvtransfer.memory import AttachedMemory, Share, SharedMemory
 
 _DESCRIPTOR_BYTES_MAX = 1024
@@ -40,6 +43,9 @@ class HostRegion:
 
     def written(self, layer: int, kv: int, first_block: int, blocks: int, view: memoryview) -> None:
         """Nothing to do: the view was the region itself."""
+
+    def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
+        return block_digests(self.memory, self.layout, blocks)
 
     def share(self) -> bytes | None:
         """For `attach` in another process; holds a secret, so it is never logged."""

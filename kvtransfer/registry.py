@@ -1,13 +1,14 @@
-"""Transports by name, and what a worker uses: one receiver or sender over all that it allows.
+"""Transports by name, and what a worker uses: its end of each transport that it allows.
 
-Built in are inproc, shm and tcp. Others come as packages with an entry point in the group
-`baton.transports` that names a Transport.
+Built in are inproc, shm, nixl, ucx and tcp; nixl and ucx need packages of their own. Others come as packages with an
+entry point in the group `baton.transports` that names a Transport.
 """
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Protocol
+from importlib.util import find_spec
 
 from prometheus_client import CollectorRegistry
 
@@ -15,60 +16,58 @@ from baton.errors import SettingsError, TransferError
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
 from kvtransfer.inproc import InprocHub, InprocReceiver, InprocSender
-from kvtransfer.interface import Connection, Offer, Receiver, Region
+from kvtransfer.interface import Connection, Offer, Region
 from kvtransfer.metrics import TransferMetrics
+from kvtransfer.port import Place, Port, Transport
 from kvtransfer.shm.receiver import ShmReceiver
 from kvtransfer.shm.sender import ShmSender
 from kvtransfer.tcp.receiver import TcpReceiver
 from kvtransfer.tcp.sender import TcpSender
+from kvtransfer.tls import TlsFiles
+
+log = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "baton.transports"
 OFFERS_MAX = 16
 """Tried for one ticket; the rest are ignored."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What transports are built on: one worker's region, where it can be reached, where its metrics go."""
-
-    region: Region
-    metrics: TransferMetrics
-    host: str = "127.0.0.1"
-    port: int = 0
-    advertise_host: str = "127.0.0.1"
-    hub: InprocHub = field(default_factory=InprocHub)
+def _inproc(place: Place) -> Port:
+    return Port(InprocReceiver(place.hub, place.region), InprocSender(place.hub, place.region, place.metrics))
 
 
-class TransportSender(Protocol):
-    """One transport's part of a Sender."""
-
-    transport: str
-
-    async def connect(self, offer: Offer, layout: KVLayout) -> Connection:
-        """Raises TransferError with the reason if this offer does not work from here."""
-
-    async def close(self) -> None: ...
+def _shm(place: Place) -> Port:
+    return Port(ShmReceiver(place.region), ShmSender(place.region, place.metrics))
 
 
-@dataclass(frozen=True, slots=True)
-class Transport:
-    make_receiver: Callable[[Place], Receiver]
-    make_sender: Callable[[Place], TransportSender]
+def _tcp(place: Place) -> Port:
+    receiver = TcpReceiver(place.region, place.host, place.port, place.advertise_host, place.metrics)
+    return Port(receiver, TcpSender(place.region, place.metrics))
+
+
+def _nixl(place: Place) -> Port:
+    from kvtransfer.nixl.port import make_port  # loads the package, which takes a while
+
+    return make_port(place)
+
+
+def _ucx(place: Place) -> Port:
+    from kvtransfer.ucx.port import make_port
+
+    return make_port(place)
+
+
+def _package(name: str, extra: str) -> Callable[[], str | None]:
+    sentence = f"The package {name} is not installed; pip install 'kvbaton[{extra}]' brings it."
+    return lambda: None if find_spec(name) else sentence
 
 
 BUILT_IN = {
-    "inproc": Transport(
-        lambda place: InprocReceiver(place.hub, place.region),
-        lambda place: InprocSender(place.hub, place.region, place.metrics),
-    ),
-    "shm": Transport(
-        lambda place: ShmReceiver(place.region),
-        lambda place: ShmSender(place.region, place.metrics),
-    ),
-    "tcp": Transport(
-        lambda place: TcpReceiver(place.region, place.host, place.port, place.advertise_host, place.metrics),
-        lambda place: TcpSender(place.region, place.metrics),
-    ),
+    "inproc": Transport(_inproc),
+    "shm": Transport(_shm),
+    "nixl": Transport(_nixl, _package("nixl_cu12", "nixl")),
+    "ucx": Transport(_ucx, _package("ucxx", "ucx")),
+    "tcp": Transport(_tcp),
 }
 
 
@@ -93,66 +92,77 @@ def _load(point: EntryPoint) -> Transport:
     return transport
 
 
-def make_receiver(
+def make_ports(
     transports: Sequence[str],
     region: Region,
-    host: str,
-    port: int,
-    advertise_host: str,
     registry: CollectorRegistry,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    advertise_host: str = "127.0.0.1",
     hub: InprocHub | None = None,
-) -> "Receivers":
-    """The decode side over `transports`, best first. Raises SettingsError for one that is not to be had."""
-    place = Place(region, TransferMetrics(registry), host, port, advertise_host, hub or InprocHub())
-    return Receivers([find_transport(name).make_receiver(place) for name in transports])
+    secret: bytes | None = None,
+    tls: TlsFiles | None = None,
+) -> "Ports":
+    """One worker's ends of `transports`, best first. Those that are missing here are left out with a line in the log.
+
+    Raises SettingsError for one that is unknown, or if all are missing.
+    """
+    place = Place(region, TransferMetrics(registry), host, port, advertise_host, hub or InprocHub(), secret, tls)
+    found = {name: find_transport(name) for name in transports}
+    missing = {name: reason for name, transport in found.items() if (reason := transport.missing())}
+    if len(missing) == len(found):
+        raise SettingsError(f"None of the allowed transports can be used here: {' '.join(missing.values())}")
+    for name, reason in missing.items():
+        log.info("transport %s is not used: %s", name, reason)
+    return Ports(place, {name: found[name].make_port(place) for name in found if name not in missing})
 
 
-def make_sender(
-    transports: Sequence[str], region: Region, registry: CollectorRegistry, hub: InprocHub | None = None
-) -> "Senders":
-    """The prefill side over `transports`. Raises SettingsError for one that is not to be had."""
-    place = Place(region, TransferMetrics(registry), hub=hub or InprocHub())
-    return Senders(region, [find_transport(name).make_sender(place) for name in transports], place.metrics)
+class Ports:
+    """All that a worker moves KV blocks with. A transport is brought up when it is first needed."""
 
+    def __init__(self, place: Place, ports: dict[str, Port]) -> None:
+        self.region, self.metrics = place.region, place.metrics
+        self._ports = ports
+        self._started: set[str] = set()
+        self._starting = asyncio.Lock()
 
-class Receivers:
-    """One Receiver made of several: a ticket is open on all of them."""
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Best first."""
+        return tuple(self._ports)
 
-    def __init__(self, receivers: Sequence[Receiver]) -> None:
-        self._receivers = tuple(receivers)
+    # ---- receiving
 
-    async def start(self) -> None:
-        try:
-            for receiver in self._receivers:
-                await receiver.start()
-        except BaseException:
-            await self.close()
-            raise
+    async def start(self, transport: str) -> None:
+        """Makes this worker reachable by it, before the first `open`. Raises TransferError if that cannot be."""
+        async with self._starting:
+            if transport not in self._started:
+                await self._port(transport).receiver.start()
+                self._started.add(transport)
 
-    def open(self, request_id: RequestId, blocks: Sequence[BlockId]) -> Sequence[Offer]:
-        offers = tuple(offer for receiver in self._receivers for offer in receiver.open(request_id, blocks))
-        if not offers:
-            raise TransferError("None of the allowed transports can reach this worker's KV region now.")
-        return offers
+    def open(self, transport: str, request_id: RequestId, blocks: Sequence[BlockId]) -> Offer:
+        """Lets whoever holds the offer write into `blocks` until `close_ticket`; an earlier ticket of the request by
+        this transport is closed. After `start`. Raises TransferError where the region cannot be reached by it."""
+        assert transport in self._started
+        for offer in self._ports[transport].receiver.open(request_id, blocks):
+            return offer
+        raise TransferError(f"This worker's KV region cannot be reached by {transport} now.")
 
     def close_ticket(self, request_id: RequestId) -> None:
-        for receiver in self._receivers:
-            receiver.close_ticket(request_id)
+        for transport in self._started:
+            self._ports[transport].receiver.close_ticket(request_id)
 
-    async def close(self) -> None:
-        for receiver in self._receivers:
-            await receiver.close()
+    async def settle(self, request_id: RequestId) -> None:
+        """As Receiver.settle, whichever transports the request's tickets were open on."""
+        for transport in tuple(self._started):
+            await self._ports[transport].receiver.settle(request_id)
 
-
-class Senders:
-    """One Sender made of several: it takes the first offer that one of them can serve."""
-
-    def __init__(self, region: Region, senders: Sequence[TransportSender], metrics: TransferMetrics) -> None:
-        self._region, self._metrics = region, metrics
-        self._senders = {sender.transport: sender for sender in senders}
+    # ---- sending
 
     async def connect(self, request_id: RequestId, offers: Sequence[Offer], layout: KVLayout) -> Connection:
-        if not self._region.layout.is_compatible(layout):
+        """Takes the first offer that works; `layout` is the peer's. Raises TransferError, with each offer's reason, if
+        none does."""
+        if not self.region.layout.is_compatible(layout):
             raise TransferError("The KV layouts of sender and receiver differ in more than the number of blocks.")
         reasons = []
         for offer in offers[:OFFERS_MAX]:
@@ -164,15 +174,21 @@ class Senders:
         raise TransferError(f"No transport offered for request {request_id} works from here. {tried}")
 
     async def _try(self, offer: Offer, layout: KVLayout) -> Connection:
-        sender = self._senders.get(offer.transport)
-        if sender is None:
-            raise TransferError("It is not allowed here.")
+        sender = self._port(offer.transport).sender
         try:
             return await sender.connect(offer, layout)
         except TransferError:
-            self._metrics.failed(sender.transport, "out")
+            self.metrics.failed(sender.transport, "out")
             raise
 
+    def _port(self, transport: str) -> Port:
+        if transport not in self._ports:
+            raise TransferError("It is not allowed here.")
+        return self._ports[transport]
+
     async def close(self) -> None:
-        for sender in self._senders.values():
-            await sender.close()
+        """Idempotent. Whatever was started, and what connections are left."""
+        for port in self._ports.values():
+            await port.sender.close()
+        while self._started:
+            await self._ports[self._started.pop()].receiver.close()

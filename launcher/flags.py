@@ -7,7 +7,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from baton.settings import Settings, load_settings
@@ -21,12 +21,15 @@ def takes_settings(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Turns `f(settings, ...)` into a command with a flag for each of the settings' fields, and `--config`.
 
-    `aliases` gives fields a second, shorter flag; `hidden` fields have none, nor have those that hold further fields.
+    `aliases` gives fields a second, shorter flag; `hidden` fields have none, nor have those that hold further fields, nor
+    secrets, which would be seen in the list of processes.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         shown = {name: field for name, field in kind.model_fields.items() if name not in hidden}
-        fields = {name: field for name, field in shown.items() if not is_nested(field)}
+        fields = {
+            name: field for name, field in shown.items() if not is_nested(field) and value_type(field) is not SecretStr
+        }
 
         def command(config: Path | None, **given: Any) -> Result:
             flags = {name: read(fields[name], given.pop(name)) for name in fields}

@@ -21,7 +21,7 @@ from engine.host import WorkerHost
 from engine.interface import BlocksWritten, EngineRequest, Prefill, StepResult
 from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
-from kvtransfer.registry import make_sender
+from kvtransfer.registry import make_ports
 from prefill_worker.job import PrefillJob
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ class PrefillWorker:
         """Returns when the model is loaded, the port is open and the cluster knows."""
         self._loop = asyncio.get_running_loop()
         await self._host.load()
-        self._sender = make_sender(self._settings.transports, self._host.engine.region, self._host.registry, self._hub)
+        self._ports = make_ports(
+            self._settings.allowed_transports, self._host.engine.region, self._host.registry, hub=self._hub
+        )
         servicer = _Servicer(self)
         await self._host.serve(
             SERVICE, lambda server: worker_pb2_grpc.add_PrefillWorkerServicer_to_server(servicer, server)
@@ -70,8 +72,8 @@ class PrefillWorker:
     async def stop(self) -> None:
         await self._host.close_services()
         await asyncio.gather(*self._closing)
-        if hasattr(self, "_sender"):
-            await self._sender.close()
+        if hasattr(self, "_ports"):
+            await self._ports.close()
         await self._host.stop()
 
     # ---- one ticket
@@ -84,7 +86,7 @@ class PrefillWorker:
         self._check(ticket)
         request_id = RequestId(f"{ticket.request_id}/{next(self._ticket_numbers)}")
         offers = [Offer(offer.transport, offer.descriptor) for offer in ticket.offers]
-        connection = await self._sender.connect(RequestId(ticket.request_id), offers, layout_from_proto(ticket.layout))
+        connection = await self._ports.connect(RequestId(ticket.request_id), offers, layout_from_proto(ticket.layout))
         job = PrefillJob(request_id, ticket, connection, self._clock)
         self._jobs[request_id] = job
         self._idle.clear()

@@ -1,7 +1,7 @@
 """Between the house's own types and their messages."""
 
 from baton.layout import KVLayout
-from baton.rpc import common_pb2, worker_pb2
+from baton.rpc import common_pb2, transfer_pb2
 from baton.sampling import PositionLogprobs, SamplingParams, TokenLogprob
 
 _SCALARS = (
@@ -34,8 +34,8 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
     return SamplingParams(logit_bias=dict(message.logit_bias), stop_token_ids=tuple(message.stop_token_ids), **scalars)
 
 
-def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
-    return worker_pb2.KVLayout(
+def layout_to_proto(layout: KVLayout) -> transfer_pb2.KVLayout:
+    return transfer_pb2.KVLayout(
         layers=layout.layers,
         blocks=layout.blocks,
         block_tokens=layout.block_tokens,
@@ -45,7 +45,7 @@ def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
     )
 
 
-def layout_from_proto(message: worker_pb2.KVLayout) -> KVLayout:
+def layout_from_proto(message: transfer_pb2.KVLayout) -> KVLayout:
     return KVLayout(
         layers=message.layers,
         blocks=message.blocks,

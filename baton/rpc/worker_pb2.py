@@ -25,61 +25,58 @@ _sym_db = _symbol_database.Default()
 
 from baton.rpc import common_pb2 as baton_dot_v1_dot_common__pb2
 from baton.rpc import events_pb2 as baton_dot_v1_dot_events__pb2
+from baton.rpc import transfer_pb2 as baton_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x15\x62\x61ton/v1/events.proto\"a\n\x0cServeRequest\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x42\t\n\x07message\"\xcb\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x36\n\x12prefill_candidates\x18\x05 \x03(\x0b\x32\x1a.baton.v1.PrefillCandidate\x12\x11\n\tgenerated\x18\x06 \x03(\r\x12\x12\n\ndeadline_s\x18\x07 \x01(\x01\"6\n\x10PrefillCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"7\n\rServeResponse\x12&\n\x07outputs\x18\x01 \x03(\x0b\x32\x15.baton.v1.TokenOutput\"\xdb\x02\n\x0bTokenOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12$\n\x08timeline\x18\x05 \x01(\x0b\x32\x12.baton.v1.Timeline\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\'\n\nerror_kind\x18\x08 \x01(\x0e\x32\x13.baton.v1.ErrorKind\x12\x33\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12\x1e\n\x16\x66\x61iled_prefill_workers\x18\n \x03(\t\"j\n\x0ePrefillRequest\x12\"\n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.TicketH\x00\x12)\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x17.baton.v1.PrefillCancelH\x00\x42\t\n\x07message\"\x0f\n\rPrefillCancel\"\x9b\x02\n\x06Ticket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\"\n\x06layout\x18\x05 \x01(\x0b\x32\x12.baton.v1.KVLayout\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x0e\n\x06\x62locks\x18\x08 \x03(\r\x12(\n\x06offers\x18\t \x03(\x0b\x32\x18.baton.v1.TransportOffer\x12\x12\n\ndeadline_s\x18\n \x01(\x01\x12\x11\n\tgenerated\x18\x0b \x03(\r\"s\n\x08KVLayout\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x10\n\x08kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\"7\n\x0eTransportOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x12\n\ndescriptor\x18\x02 \x01(\x0c\"\xa3\x01\n\x0fPrefillResponse\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x18.baton.v1.PrefillStartedH\x00\x12)\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x17.baton.v1.PrefillCommitH\x00\x12-\n\x08released\x18\x03 \x01(\x0b\x32\x19.baton.v1.PrefillReleasedH\x00\x42\t\n\x07message\"}\n\x0ePrefillStarted\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x12\n\nwriter_pid\x18\x04 \x01(\x04\x12\x1c\n\x14writer_started_ticks\x18\x05 \x01(\x04\"\xbd\x01\n\rPrefillCommit\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12,\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x07 \x01(\x01\"\x11\n\x0fPrefillReleased\"\x12\n\x10GetStatusRequest\"\xfd\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.baton.v1.WorkerState\x12\x19\n\x11running_sequences\x18\x05 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\t \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\r\"\x19\n\x17GetCacheSnapshotRequest\"T\n\rCacheSnapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\"\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x12.baton.v1.BlockSet*\xb9\x01\n\tErrorKind\x12\x1a\n\x16\x45RROR_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_KIND_INVALID_REQUEST\x10\x01\x12\x19\n\x15\x45RROR_KIND_OVERLOADED\x10\x02\x12\x1a\n\x16\x45RROR_KIND_UNAVAILABLE\x10\x03\x12\x17\n\x13\x45RROR_KIND_INTERNAL\x10\x04\x12 \n\x1c\x45RROR_KIND_DEADLINE_EXCEEDED\x10\x05*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x32L\n\x0c\x44\x65\x63odeWorker\x12<\n\x05Serve\x12\x16.baton.v1.ServeRequest\x1a\x17.baton.v1.ServeResponse(\x01\x30\x01\x32S\n\rPrefillWorker\x12\x42\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse(\x01\x30\x01\x32\x9b\x01\n\x06Worker\x12?\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x16.baton.v1.WorkerStatus\x12P\n\x10GetCacheSnapshot\x12!.baton.v1.GetCacheSnapshotRequest\x1a\x17.baton.v1.CacheSnapshot0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x15\x62\x61ton/v1/events.proto\x1a\x17\x62\x61ton/v1/transfer.proto\"a\n\x0cServeRequest\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x42\t\n\x07message\"\xcb\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x36\n\x12prefill_candidates\x18\x05 \x03(\x0b\x32\x1a.baton.v1.PrefillCandidate\x12\x11\n\tgenerated\x18\x06 \x03(\r\x12\x12\n\ndeadline_s\x18\x07 \x01(\x01\"6\n\x10PrefillCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"7\n\rServeResponse\x12&\n\x07outputs\x18\x01 \x03(\x0b\x32\x15.baton.v1.TokenOutput\"\xdb\x02\n\x0bTokenOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12$\n\x08timeline\x18\x05 \x01(\x0b\x32\x12.baton.v1.Timeline\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\'\n\nerror_kind\x18\x08 \x01(\x0e\x32\x13.baton.v1.ErrorKind\x12\x33\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12\x1e\n\x16\x66\x61iled_prefill_workers\x18\n \x03(\t\"\x94\x01\n\x0ePrefillRequest\x12\"\n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.TicketH\x00\x12)\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x17.baton.v1.PrefillCancelH\x00\x12(\n\x06resend\x18\x03 \x01(\x0b\x32\x16.baton.v1.ResendBlocksH\x00\x42\t\n\x07message\"\x0f\n\rPrefillCancel\"\xbe\x02\n\x06Ticket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\"\n\x06layout\x18\x05 \x01(\x0b\x32\x12.baton.v1.KVLayout\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x0e\n\x06\x62locks\x18\x08 \x03(\r\x12(\n\x06offers\x18\t \x03(\x0b\x32\x18.baton.v1.TransportOffer\x12\x12\n\ndeadline_s\x18\n \x01(\x01\x12\x11\n\tgenerated\x18\x0b \x03(\r\x12!\n\x04link\x18\x0c \x01(\x0b\x32\x13.baton.v1.LinkProof\"\xcd\x01\n\x0fPrefillResponse\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x18.baton.v1.PrefillStartedH\x00\x12)\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x17.baton.v1.PrefillCommitH\x00\x12-\n\x08released\x18\x03 \x01(\x0b\x32\x19.baton.v1.PrefillReleasedH\x00\x12(\n\x06landed\x18\x04 \x01(\x0b\x32\x16.baton.v1.BlocksLandedH\x00\x42\t\n\x07message\"}\n\x0ePrefillStarted\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x12\n\nwriter_pid\x18\x04 \x01(\x04\x12\x1c\n\x14writer_started_ticks\x18\x05 \x01(\x04\"\xbd\x01\n\rPrefillCommit\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12,\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x07 \x01(\x01\"\x11\n\x0fPrefillReleased\"\x12\n\x10GetStatusRequest\"\xfd\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.baton.v1.WorkerState\x12\x19\n\x11running_sequences\x18\x05 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\t \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\r\"\x19\n\x17GetCacheSnapshotRequest\"T\n\rCacheSnapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\"\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x12.baton.v1.BlockSet*\xb9\x01\n\tErrorKind\x12\x1a\n\x16\x45RROR_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_KIND_INVALID_REQUEST\x10\x01\x12\x19\n\x15\x45RROR_KIND_OVERLOADED\x10\x02\x12\x1a\n\x16\x45RROR_KIND_UNAVAILABLE\x10\x03\x12\x17\n\x13\x45RROR_KIND_INTERNAL\x10\x04\x12 \n\x1c\x45RROR_KIND_DEADLINE_EXCEEDED\x10\x05*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x32L\n\x0c\x44\x65\x63odeWorker\x12<\n\x05Serve\x12\x16.baton.v1.ServeRequest\x1a\x17.baton.v1.ServeResponse(\x01\x30\x01\x32S\n\rPrefillWorker\x12\x42\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse(\x01\x30\x01\x32\x9b\x01\n\x06Worker\x12?\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x16.baton.v1.WorkerStatus\x12P\n\x10GetCacheSnapshot\x12!.baton.v1.GetCacheSnapshotRequest\x1a\x17.baton.v1.CacheSnapshot0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERRORKIND']._serialized_start=2358
-  _globals['_ERRORKIND']._serialized_end=2543
-  _globals['_WORKERSTATE']._serialized_start=2545
-  _globals['_WORKERSTATE']._serialized_end=2666
-  _globals['_SERVEREQUEST']._serialized_start=81
-  _globals['_SERVEREQUEST']._serialized_end=178
-  _globals['_SUBMIT']._serialized_start=181
-  _globals['_SUBMIT']._serialized_end=384
-  _globals['_PREFILLCANDIDATE']._serialized_start=386
-  _globals['_PREFILLCANDIDATE']._serialized_end=440
-  _globals['_CANCEL']._serialized_start=442
-  _globals['_CANCEL']._serialized_end=470
-  _globals['_SERVERESPONSE']._serialized_start=472
-  _globals['_SERVERESPONSE']._serialized_end=527
-  _globals['_TOKENOUTPUT']._serialized_start=530
-  _globals['_TOKENOUTPUT']._serialized_end=877
-  _globals['_PREFILLREQUEST']._serialized_start=879
-  _globals['_PREFILLREQUEST']._serialized_end=985
-  _globals['_PREFILLCANCEL']._serialized_start=987
-  _globals['_PREFILLCANCEL']._serialized_end=1002
-  _globals['_TICKET']._serialized_start=1005
-  _globals['_TICKET']._serialized_end=1288
-  _globals['_KVLAYOUT']._serialized_start=1290
-  _globals['_KVLAYOUT']._serialized_end=1405
-  _globals['_TRANSPORTOFFER']._serialized_start=1407
-  _globals['_TRANSPORTOFFER']._serialized_end=1462
-  _globals['_PREFILLRESPONSE']._serialized_start=1465
-  _globals['_PREFILLRESPONSE']._serialized_end=1628
-  _globals['_PREFILLSTARTED']._serialized_start=1630
-  _globals['_PREFILLSTARTED']._serialized_end=1755
-  _globals['_PREFILLCOMMIT']._serialized_start=1758
-  _globals['_PREFILLCOMMIT']._serialized_end=1947
-  _globals['_PREFILLRELEASED']._serialized_start=1949
-  _globals['_PREFILLRELEASED']._serialized_end=1966
-  _globals['_GETSTATUSREQUEST']._serialized_start=1968
-  _globals['_GETSTATUSREQUEST']._serialized_end=1986
-  _globals['_WORKERSTATUS']._serialized_start=1989
-  _globals['_WORKERSTATUS']._serialized_end=2242
-  _globals['_GETCACHESNAPSHOTREQUEST']._serialized_start=2244
-  _globals['_GETCACHESNAPSHOTREQUEST']._serialized_end=2269
-  _globals['_CACHESNAPSHOT']._serialized_start=2271
-  _globals['_CACHESNAPSHOT']._serialized_end=2355
-  _globals['_DECODEWORKER']._serialized_start=2668
-  _globals['_DECODEWORKER']._serialized_end=2744
-  _globals['_PREFILLWORKER']._serialized_start=2746
-  _globals['_PREFILLWORKER']._serialized_end=2829
-  _globals['_WORKER']._serialized_start=2832
-  _globals['_WORKER']._serialized_end=2987
+  _globals['_ERRORKIND']._serialized_start=2329
+  _globals['_ERRORKIND']._serialized_end=2514
+  _globals['_WORKERSTATE']._serialized_start=2516
+  _globals['_WORKERSTATE']._serialized_end=2637
+  _globals['_SERVEREQUEST']._serialized_start=106
+  _globals['_SERVEREQUEST']._serialized_end=203
+  _globals['_SUBMIT']._serialized_start=206
+  _globals['_SUBMIT']._serialized_end=409
+  _globals['_PREFILLCANDIDATE']._serialized_start=411
+  _globals['_PREFILLCANDIDATE']._serialized_end=465
+  _globals['_CANCEL']._serialized_start=467
+  _globals['_CANCEL']._serialized_end=495
+  _globals['_SERVERESPONSE']._serialized_start=497
+  _globals['_SERVERESPONSE']._serialized_end=552
+  _globals['_TOKENOUTPUT']._serialized_start=555
+  _globals['_TOKENOUTPUT']._serialized_end=902
+  _globals['_PREFILLREQUEST']._serialized_start=905
+  _globals['_PREFILLREQUEST']._serialized_end=1053
+  _globals['_PREFILLCANCEL']._serialized_start=1055
+  _globals['_PREFILLCANCEL']._serialized_end=1070
+  _globals['_TICKET']._serialized_start=1073
+  _globals['_TICKET']._serialized_end=1391
+  _globals['_PREFILLRESPONSE']._serialized_start=1394
+  _globals['_PREFILLRESPONSE']._serialized_end=1599
+  _globals['_PREFILLSTARTED']._serialized_start=1601
+  _globals['_PREFILLSTARTED']._serialized_end=1726
+  _globals['_PREFILLCOMMIT']._serialized_start=1729
+  _globals['_PREFILLCOMMIT']._serialized_end=1918
+  _globals['_PREFILLRELEASED']._serialized_start=1920
+  _globals['_PREFILLRELEASED']._serialized_end=1937
+  _globals['_GETSTATUSREQUEST']._serialized_start=1939
+  _globals['_GETSTATUSREQUEST']._serialized_end=1957
+  _globals['_WORKERSTATUS']._serialized_start=1960
+  _globals['_WORKERSTATUS']._serialized_end=2213
+  _globals['_GETCACHESNAPSHOTREQUEST']._serialized_start=2215
+  _globals['_GETCACHESNAPSHOTREQUEST']._serialized_end=2240
+  _globals['_CACHESNAPSHOT']._serialized_start=2242
+  _globals['_CACHESNAPSHOT']._serialized_end=2326
+  _globals['_DECODEWORKER']._serialized_start=2639
+  _globals['_DECODEWORKER']._serialized_end=2715
+  _globals['_PREFILLWORKER']._serialized_start=2717
+  _globals['_PREFILLWORKER']._serialized_end=2800
+  _globals['_WORKER']._serialized_start=2803
+  _globals['_WORKER']._serialized_end=2958
 # @@protoc_insertion_point(module_scope)

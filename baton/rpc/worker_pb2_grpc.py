@@ -123,6 +123,8 @@ class PrefillWorkerServicer:
         """One stream per request, and the stream is the lease: the decode worker opens it with a ticket,
         the prefill worker answers with progress and, when the last slice has landed, the commit. When
         either side closes it, both let go of the blocks; after `released` no slice is written any more.
+        After the commit the prefill worker keeps its blocks until the decode worker, which may ask for some of them again,
+        ends its side of the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

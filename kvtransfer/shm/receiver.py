@@ -44,6 +44,9 @@ class ShmReceiver:
         put(self._table.memory, slot, bytes(SECRET_BYTES))
         self._free_slots.append(slot)
 
+    async def settle(self, request_id: RequestId) -> None:
+        """At once: nothing lands without this process, which asks the ticket before each copy."""
+
     async def close(self) -> None:
         self._tickets.close_all()
         for ticket in tuple(self._slots):

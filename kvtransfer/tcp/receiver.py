@@ -67,6 +67,9 @@ class TcpReceiver:
     def close_ticket(self, request_id: RequestId) -> None:
         self._tickets.close(request_id)
 
+    async def settle(self, request_id: RequestId) -> None:
+        """At once: nothing lands without this process, which asks the ticket before each copy."""
+
     async def close(self) -> None:
         self._tickets.close_all()
         if self._server is None:

@@ -148,7 +148,7 @@ def test_after_its_ticket_is_closed_nothing_lands(transport: str) -> None:
 
 def test_a_closed_ticket_cannot_be_connected_to(transport: str) -> None:
     async def scenario(ends: Pair) -> None:
-        offers = ends.receiver.open(REQUEST, ids(1))
+        offers = [ends.open(ids(1))]
         ends.receiver.close_ticket(REQUEST)
         ends.receiver.close_ticket(RequestId("never heard of"))
         with pytest.raises(TransferError, match=transport):
@@ -191,7 +191,7 @@ def test_a_secret_that_is_wrong_by_one_bit_opens_nothing(transport: str) -> None
     secret_at = {"inproc": 3, "shm": 70, "tcp": 12}[transport]
 
     async def scenario(ends: Pair) -> None:
-        (offer,) = ends.receiver.open(REQUEST, ids(1))
+        offer = ends.open(ids(1))
         with pytest.raises(TransferError):
             await ends.sender.connect(REQUEST, [tampered(offer, secret_at)], TARGET_LAYOUT)
         connection = await ends.sender.connect(REQUEST, [offer], TARGET_LAYOUT)
@@ -203,7 +203,7 @@ def test_a_secret_that_is_wrong_by_one_bit_opens_nothing(transport: str) -> None
 @pytest.mark.parametrize("length", [0, 1, 10, 60, 120])
 def test_a_descriptor_cut_short_is_refused(transport: str, length: int) -> None:
     async def scenario(ends: Pair) -> None:
-        (offer,) = ends.receiver.open(REQUEST, ids(1))
+        offer = ends.open(ids(1))
         cut = type(offer)(offer.transport, offer.descriptor[: min(length, len(offer.descriptor) - 1)])
         with pytest.raises(TransferError):
             await ends.sender.connect(REQUEST, [cut], TARGET_LAYOUT)
@@ -215,7 +215,7 @@ def test_a_region_of_another_size_than_said_is_refused(transport: str) -> None:
     said = KVLayout(layers=3, blocks=TARGET_LAYOUT.blocks + 1, block_tokens=4, kv_heads=2, head_dim=8, dtype="float32")
 
     async def scenario(ends: Pair) -> None:
-        offers = ends.receiver.open(REQUEST, ids(1))
+        offers = [ends.open(ids(1))]
         with pytest.raises(TransferError, match="layout"):
             await ends.sender.connect(REQUEST, offers, said)
 

@@ -30,7 +30,7 @@ from baton.ids import RequestId
 from kvtransfer.interface import Connection, Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
-from kvtransfer.registry import Receivers, make_receiver, make_sender
+from kvtransfer.registry import Ports, make_ports
 from kvtransfer.tcp.sender import TcpSender
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -63,8 +63,8 @@ def kill(process: SpawnProcess) -> None:
     process.join()
 
 
-def receiver_of(transport: str, region: HostRegion) -> Receivers:
-    return make_receiver([transport], region, "127.0.0.1", 0, "127.0.0.1", CollectorRegistry())
+def receiver_of(transport: str, region: HostRegion) -> Ports:
+    return make_ports([transport], region, CollectorRegistry())
 
 
 def sendable(offers: object) -> list[tuple[str, bytes]]:
@@ -78,8 +78,8 @@ def test_another_process_writes_blocks_byte_for_byte(transport: str) -> None:
 
     async def scenario(region: HostRegion, pipe: Pipe) -> None:
         receiver = receiver_of(transport, region)
-        await receiver.start()
-        pipe.send((sendable(receiver.open(REQUEST, ids(*target))), target))
+        await receiver.start(transport)
+        pipe.send((sendable([receiver.open(transport, REQUEST, ids(*target))]), target))
         moved = 2 * SOURCE_LAYOUT.layers * len(target) * SOURCE_LAYOUT.slice_bytes
         assert await heard(pipe) == (transport, moved)
         await receiver.close()
@@ -103,8 +103,8 @@ def test_a_sender_killed_while_it_writes(transport: str) -> None:
 
     async def scenario(region: HostRegion, pipe: Pipe, process: SpawnProcess) -> None:
         receiver = receiver_of(transport, region)
-        await receiver.start()
-        pipe.send((sendable(receiver.open(REQUEST, ids(*target))), target))
+        await receiver.start(transport)
+        pipe.send((sendable([receiver.open(transport, REQUEST, ids(*target))]), target))
         assert await heard(pipe) == "writing"
         await asyncio.to_thread(kill, process)
         receiver.close_ticket(REQUEST)
@@ -115,10 +115,10 @@ def test_a_sender_killed_while_it_writes(transport: str) -> None:
         assert not settled[:, :, 32:].any()
         await receiver.close()
 
-    async def check_serves_others(receiver: Receivers) -> None:
+    async def check_serves_others(receiver: Ports) -> None:
         source = HostRegion.allocate(LARGE)
-        sender = make_sender([transport], source, CollectorRegistry())
-        connection = await sender.connect(REQUEST, receiver.open(RequestId("req-2"), ids(1)), LARGE)
+        sender = make_ports([transport], source, CollectorRegistry())
+        connection = await sender.connect(REQUEST, [receiver.open(transport, RequestId("req-2"), ids(1))], LARGE)
         await connection.write(0, ids(1), ids(1))
         await connection.fence()
         await sender.close()
@@ -136,7 +136,7 @@ def test_a_sender_killed_while_it_writes(transport: str) -> None:
 def test_a_receiver_killed_while_it_is_written_to(transport: str) -> None:
     async def scenario(pipe: Pipe, process: SpawnProcess) -> None:
         source = HostRegion.allocate(LARGE)
-        sender = make_sender([transport], source, CollectorRegistry())
+        sender = make_ports([transport], source, CollectorRegistry())
         offers = [Offer(*offer) for offer in await heard(pipe)]  # type: ignore[attr-defined]
         connection = await sender.connect(REQUEST, offers, LARGE)
         writing = asyncio.ensure_future(write_for_ever(connection))

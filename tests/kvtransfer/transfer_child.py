@@ -9,7 +9,7 @@ from transfer_rig import REQUEST, SOURCE_LAYOUT, TARGET_LAYOUT, fill_random, ids
 from baton.layout import KVLayout
 from kvtransfer.interface import Offer
 from kvtransfer.region import HostRegion
-from kvtransfer.registry import make_receiver, make_sender
+from kvtransfer.registry import make_ports
 
 LARGE = KVLayout(layers=1, blocks=64, block_tokens=64, kv_heads=8, head_dim=128, dtype="float32")
 SEED = 11
@@ -21,7 +21,7 @@ def send_blocks(pipe: Pipe, transport: str) -> None:
     async def main() -> None:
         source = HostRegion.allocate(SOURCE_LAYOUT)
         fill_random(source, SEED)
-        sender = make_sender([transport], source, CollectorRegistry())
+        sender = make_ports([transport], source, CollectorRegistry())
         offers, target = pipe.recv()
         connection = await sender.connect(REQUEST, [Offer(*offer) for offer in offers], TARGET_LAYOUT)
         for layer in range(SOURCE_LAYOUT.layers):
@@ -41,7 +41,7 @@ def send_for_ever(pipe: Pipe, transport: str) -> None:
     async def main() -> None:
         source = HostRegion.allocate(LARGE)
         source.memory[:] = b"\xee" * source.memory.nbytes
-        sender = make_sender([transport], source, CollectorRegistry())
+        sender = make_ports([transport], source, CollectorRegistry())
         offers, target = pipe.recv()
         connection = await sender.connect(REQUEST, [Offer(*offer) for offer in offers], LARGE)
         await connection.write(0, ids(*target), ids(*target))
@@ -58,9 +58,10 @@ def receive_for_ever(pipe: Pipe, transport: str) -> None:
 
     async def main() -> None:
         region = HostRegion.allocate(LARGE)
-        receiver = make_receiver([transport], region, "127.0.0.1", 0, "127.0.0.1", CollectorRegistry())
-        await receiver.start()
-        pipe.send([(offer.transport, offer.descriptor) for offer in receiver.open(REQUEST, ids(*range(LARGE.blocks)))])
+        receiver = make_ports([transport], region, CollectorRegistry())
+        await receiver.start(transport)
+        offer = receiver.open(transport, REQUEST, ids(*range(LARGE.blocks)))
+        pipe.send([(offer.transport, offer.descriptor)])
         await asyncio.Event().wait()
 
     asyncio.run(main())

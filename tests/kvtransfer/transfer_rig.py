@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
 from kvtransfer.inproc import InprocHub
-from kvtransfer.interface import Connection, Offer, Receiver, Sender
+from kvtransfer.interface import Connection, Offer
 from kvtransfer.region import HostRegion
-from kvtransfer.registry import make_receiver, make_sender
+from kvtransfer.registry import Ports, make_ports
 
 REQUEST = RequestId("req-1")
 SOURCE_LAYOUT = KVLayout(layers=3, blocks=19, block_tokens=4, kv_heads=2, head_dim=8, dtype="float32")
@@ -60,13 +60,17 @@ def ids(*numbers: int) -> tuple[BlockId, ...]:
 class Pair:
     source: HostRegion
     target: HostRegion
-    receiver: Receiver
-    sender: Sender
+    transport: str
+    receiver: Ports
+    sender: Ports
     sent: CollectorRegistry
     received: CollectorRegistry
 
     async def connect(self, blocks: Sequence[BlockId], request_id: RequestId = REQUEST) -> Connection:
-        return await self.sender.connect(request_id, self.receiver.open(request_id, blocks), self.target.layout)
+        return await self.sender.connect(request_id, [self.open(blocks, request_id)], self.target.layout)
+
+    def open(self, blocks: Sequence[BlockId], request_id: RequestId = REQUEST) -> Offer:
+        return self.receiver.open(self.transport, request_id, blocks)
 
 
 @asynccontextmanager
@@ -80,11 +84,11 @@ async def pair(
     source, target = source_kind.allocate(source_layout), target_kind.allocate(target_layout)
     fill_random(source, seed=1)
     hub, sent, received = InprocHub(), CollectorRegistry(), CollectorRegistry()
-    receiver = make_receiver([transport], target, "127.0.0.1", 0, "127.0.0.1", received, hub)
-    sender = make_sender([transport], source, sent, hub)
-    await receiver.start()
+    receiver = make_ports([transport], target, received, hub=hub)
+    sender = make_ports([transport], source, sent, hub=hub)
+    await receiver.start(transport)
     try:
-        yield Pair(source, target, receiver, sender, sent, received)
+        yield Pair(source, target, transport, receiver, sender, sent, received)
     finally:
         await sender.close()
         await receiver.close()

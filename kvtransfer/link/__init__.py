@@ -1,0 +1,1 @@
+"""What stands between two workers before the first block moves: proof, agreement, and a tested transport."""

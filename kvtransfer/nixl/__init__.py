@@ -1,0 +1,1 @@
+"""Between machines and devices: the receiving worker reads the sender's region by NIXL."""

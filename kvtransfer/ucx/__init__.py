@@ -1,0 +1,1 @@
+"""Between machines: slices over UCX endpoints, received straight into the region."""
