@@ -56,6 +56,7 @@ class ClusterView:
         self._announcement: RouterAnnouncement | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._used: set[WorkerId] = set()
+        self._unpaired: Mapping[WorkerId, str] = {}
         if redis is not None:
             events = CacheEventReader(redis, settings.key_prefix)
             self.feed = IndexFeed(self.index, membership, events, GrpcSnapshots(), clock)
@@ -127,6 +128,7 @@ class ClusterView:
                 }
                 for peer in self.peers()
             ],
+            "unpaired": dict(self._unpaired),
             "cooling_down": {worker_id: round(left, 3) for worker_id, left in self.cooldowns.cooling().items()},
         }
 
@@ -139,12 +141,18 @@ class ClusterView:
 
     def _use(self, usable: Sequence[WorkerInfo]) -> None:
         self.placer.set_workers(usable)
+        self._tell_unpaired(self.placer.unpaired)
         if self.feed is None:
             members = {worker.worker_id for worker in self._membership.workers()}
             for worker_id in self._used - members:
                 self.index.leave(worker_id)
             self._used = members
             self.index.tidy()
+
+    def _tell_unpaired(self, unpaired: Mapping[WorkerId, str]) -> None:
+        for worker_id in unpaired.keys() - self._unpaired.keys():
+            log.warning("%s gets no prompts: %s", worker_id, unpaired[worker_id])
+        self._unpaired = unpaired
 
     async def _warm_up(self, feed: IndexFeed) -> None:
         if not await feed.warm(WARM_TIMEOUT_S):

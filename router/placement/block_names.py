@@ -8,8 +8,20 @@ from baton.ids import BlockHash
 from kvcache.block_hash import block_hashes, root_hash
 
 
+class Family(NamedTuple):
+    """What two workers must have in common to hand each other KV."""
+
+    model: str
+    fingerprint: str
+    kv_dtype: str
+
+    @classmethod
+    def of(cls, worker: WorkerInfo) -> "Family":
+        return cls(worker.model, worker.fingerprint, worker.kv_dtype)
+
+
 class BlockKind(NamedTuple):
-    """What two workers must have in common to hand each other blocks, and to call them by the same names."""
+    """What two workers must have in common to call blocks by the same names."""
 
     fingerprint: str
     block_tokens: int

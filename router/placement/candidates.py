@@ -28,7 +28,7 @@ class _Priced(NamedTuple):
             self.prefill,
             Terms(*self.terms),
             self.itl_s,
-            _cached_tokens(self.cached, self.reused_tokens, self.decode.block_tokens),
+            _cached_tokens(self.cached, self.reused_tokens, (self.prefill or self.decode).block_tokens),
             _cached_tokens(self.decode_cached, self.decode_reused_tokens, self.decode.block_tokens),
         )
 

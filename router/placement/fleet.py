@@ -1,4 +1,4 @@
-"""The workers of one model that can hand each other KV blocks, as columns of numbers that a placement is priced by."""
+"""The workers of one model that can hand each other KV, as columns of numbers that a placement is priced by."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,10 @@ class Fleet:
     workers join or leave. Whoever prices a placement only reads.
     """
 
-    def __init__(self, kind: BlockKind, loads: Sequence[WorkerLoad], demand: Demand, now_s: float) -> None:
-        self.kind, self.demand = kind, demand
+    def __init__(self, loads: Sequence[WorkerLoad], demand: Demand, now_s: float) -> None:
+        self.demand = demand
+        self.kinds = tuple(dict.fromkeys(BlockKind.of(load.info) for load in loads))
+        """More than one where workers differ in the size of their blocks."""
         prefill = [load for load in loads if load.info.role == "prefill"]
         decode = [load for load in loads if load.info.role == "decode"]
         self.loads, self.prefill_count, self.decode_count = (*prefill, *decode), len(prefill), len(decode)
@@ -38,7 +40,8 @@ class Fleet:
         stands for all the slots beyond it."""
         self.links = [(0.0, 0.0)] * len(decode)
         """Of the decode workers: equal where their costs of a transfer are."""
-        self.block_bytes = max((info.kv_block_bytes for info in self.workers), default=0)
+        self.block_tokens = np.array([float(info.block_tokens) for info in self.workers])
+        self.token_bytes = max((info.kv_block_bytes / info.block_tokens for info in self.workers), default=0.0)
         self.layers = max((info.layers for info in self.workers), default=1)
         count = len(self.loads)
         # What a prompt costs wherever it is computed.

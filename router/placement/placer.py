@@ -19,7 +19,7 @@ from baton.errors import Unavailable
 from baton.ids import BlockHash, WorkerId
 from baton.settings import Policy as PolicyName
 from router.index.prefixes import Numbers, PrefixLength
-from router.placement.block_names import BlockKind
+from router.placement.block_names import BlockKind, Family
 from router.placement.candidates import Candidates, candidate, prefill_fallbacks
 from router.placement.decision import Decision, Excluded
 from router.placement.demand import Demand
@@ -35,7 +35,7 @@ TIE_S = 1e-5
 _TIES = 1024
 _NOBODY_EXCLUDED: Mapping[WorkerId, str] = {}
 _TOO_LONG = "the prompt is longer than it can hold"
-_NO_PARTNER = "no decode worker has the same weights, block size and type of KV"
+_NO_PARTNER = "no decode worker has the same weights and type of KV"
 
 
 class PrefixIndex(Protocol):
@@ -62,7 +62,7 @@ class Placer:
         """By model."""
         self._fleet_of: dict[WorkerLoad, Fleet] = {}
         """Of the workers there are."""
-        self._demand: dict[tuple[str, BlockKind], Demand] = {}
+        self._demand: dict[Family, Demand] = {}
         self._peers: Mapping[WorkerId, PlacedLoad] = {}
         self._sequences: dict[Hashable, PlacedSequence] = {}
         self._ties_s = np.zeros(0)
@@ -87,6 +87,12 @@ class Placer:
             if load.slot != (slot := self._index.slot_of(worker.worker_id)):
                 fleet.set_slot(load, slot)
 
+    @property
+    def unpaired(self) -> Mapping[WorkerId, str]:
+        """Workers that get nothing to do, with the reason: no decode worker could take what they compute."""
+        alone = [fleet for fleets in self._fleets.values() for fleet in fleets if not fleet.decode_count]
+        return {worker.worker_id: _NO_PARTNER for fleet in alone for worker in fleet.workers}
+
     def _is_new(self, worker: WorkerInfo) -> bool:
         """Also one that started anew, or returns."""
         load = self._loads.get(worker.worker_id)
@@ -100,16 +106,16 @@ class Placer:
             self._index.join(worker.worker_id, worker.epoch)
 
     def _rebuild(self, loads: Collection[WorkerLoad], now_s: float) -> None:
-        by_kind: dict[tuple[str, BlockKind], list[WorkerLoad]] = {}
+        families: dict[Family, list[WorkerLoad]] = {}
         for load in loads:
-            by_kind.setdefault((load.info.model, BlockKind.of(load.info)), []).append(load)
-        self._demand = {key: self._demand.get(key) or Demand(now_s) for key in by_kind}
-        fleets = {key: Fleet(key[1], members, self._demand[key], now_s) for key, members in by_kind.items()}
+            families.setdefault(Family.of(load.info), []).append(load)
+        self._demand = {family: self._demand.get(family) or Demand(now_s) for family in families}
+        fleets = {family: Fleet(members, self._demand[family], now_s) for family, members in families.items()}
         self._fleet_of = {load: fleet for fleet in fleets.values() for load in fleet.loads}
-        self._fleets = {model: () for model, _ in by_kind}
+        self._fleets = {family.model: () for family in families}
         self._ties_s = np.array([self._random.random() * TIE_S for _ in range(_TIES + len(loads))])
-        for (model, _), fleet in fleets.items():
-            self._fleets[model] += (fleet,)
+        for family, fleet in fleets.items():
+            self._fleets[family.model] += (fleet,)
         for load in [load for load in self._loads.values() if load not in self._fleet_of and load.is_idle]:
             del self._loads[load.info.worker_id]
 
@@ -159,7 +165,7 @@ class Placer:
         )
 
     def _price(self, fleet: Fleet, request: PlacementRequest, now_s: float) -> Costs:
-        lengths = fleet.prefixes(self._index.holders(request.names(fleet.kind)))
+        lengths = fleet.prefixes([held for kind in fleet.kinds for held in self._index.holders(request.names(kind))])
         start = int(self._random.random() * _TIES)
         return price(fleet, request, lengths, self._ties_s[start : start + len(fleet.loads)], now_s)
 
@@ -183,9 +189,9 @@ class Placer:
     def reserve(self, sequence_id: Hashable, decision: Decision, request: PlacementRequest) -> None:
         """Counts at once, before any worker tells: the load until `finished`, the blocks as if they were there."""
         now_s, chosen = self._clock(), decision.chosen
+        block_tokens = chosen.decode.block_tokens
         decode = self._load_of(chosen.decode, now_s)
         compute = decode if chosen.prefill is None else self._load_of(chosen.prefill, now_s)
-        kind = BlockKind.of(chosen.decode)
         cached_tokens = chosen.cached_tokens.total
         sequence = PlacedSequence(
             compute,
@@ -194,7 +200,7 @@ class Placer:
             chosen.terms.restore_s + chosen.terms.prefill_s,
             chosen.itl_s,
             request.prompt_tokens,
-            -(-request.prompt_tokens // kind.block_tokens) - chosen.decode_cached_tokens.total // kind.block_tokens,
+            -(-request.prompt_tokens // block_tokens) - chosen.decode_cached_tokens.total // block_tokens,
             request.expected_tokens,
             chosen.terms.ttft_s - chosen.terms.admission_s + chosen.terms.decode_s,
             now_s + chosen.terms.admission_s,
@@ -208,8 +214,9 @@ class Placer:
             fleet.placed(sequence, cached_tokens, chosen.terms.admission_s, now_s)
         self._refresh_queue(compute)
         self._refresh_decode(decode)
-        holders = {decode.info.worker_id, compute.info.worker_id}
-        self._index.expect(tuple(holders), request.names(kind))
+        for kind in {BlockKind.of(load.info) for load in (decode, compute)}:
+            holders = {load.info.worker_id for load in (decode, compute) if BlockKind.of(load.info) == kind}
+            self._index.expect(tuple(holders), request.names(kind))
 
     def first_token(self, sequence_id: Hashable) -> None:
         """Idempotent: the prompt has been computed."""

@@ -165,7 +165,8 @@ class BlockCost(Scored):
     def prefill_scores(self, costs: Costs) -> Floats:
         fleet = costs.fleet
         tokens = fleet.waiting_tokens[: fleet.prefill_count] + costs.request.prompt_tokens
-        return np.maximum(tokens / fleet.kind.block_tokens - self._credits(costs), 0.0)
+        blocks: Floats = tokens / fleet.block_tokens[: fleet.prefill_count]
+        return np.maximum(blocks - self._credits(costs), 0.0)
 
     def _credits(self, costs: Costs) -> Floats:
         credit = np.zeros(costs.fleet.prefill_count)

@@ -140,7 +140,7 @@ def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Fl
     queue_s = np.maximum(fleet.queue_ends_at_s - now_s, fleet.queue_least_s)
     work_s = prefill_s + restore_s
     others_queue_s = delay_to_others_s(fleet, work_s, queue_s, now_s)
-    new_blocks = -(-tokens // fleet.kind.block_tokens) - cached_tokens / fleet.kind.block_tokens
+    new_blocks = np.ceil(tokens / fleet.block_tokens) - cached_tokens / fleet.block_tokens
     others_evicted_s = eviction_s(fleet, new_blocks)
     lacking_blocks = new_blocks[first_decode:]
     longer_step_s = fleet.sequence_s + fleet.kv_token_s * (tokens + request.expected_tokens / 2)
@@ -165,7 +165,7 @@ def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Fl
         admission_s + decode_s + others_decode_s + ties_s[first_decode:],
         crowd_s(fleet, queue_s, work_s),
         (fleet.running + LIKELY_TO_COME) * prefill_s[first_decode:],
-        lacking_blocks * fleet.block_bytes,
+        lacking_blocks * (fleet.block_tokens[first_decode:] * fleet.token_bytes),
     )
 
 
@@ -175,10 +175,8 @@ def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Fl
 def reuse(fleet: Fleet, tokens: int, lengths: Prefixes) -> tuple[Floats, Floats]:
     """Tokens that each worker need not compute, and how long it takes to get them from its lower tiers. The last
     token is always computed: its logits are needed."""
-    block_tokens = fleet.kind.block_tokens
-    reusable_tokens = (tokens - 1) // block_tokens * block_tokens
-    tokens_of = [min(length.hbm * block_tokens, reusable_tokens) for length in lengths.lengths]
-    cached_tokens = np.array([*tokens_of, 0.0])[lengths.numbers]  # number -1 is none
+    hbm_blocks = np.array([*(float(length.hbm) for length in lengths.lengths), 0.0])[lengths.numbers]  # -1 is none
+    cached_tokens = np.minimum(hbm_blocks, (tokens - 1) // fleet.block_tokens) * fleet.block_tokens
     restore_s = np.zeros(len(fleet.workers))
     if lengths.has_lower_tiers:
         for column, length in lengths.items():
@@ -285,7 +283,7 @@ def exposed_transfer_s(costs: Costs, decode: int) -> Floats:
     latency_s = np.maximum(fleet.link_latency_s[ends], fleet.link_latency_s[decode])
     missing_bytes = costs.missing_bytes[decode - first_decode]
     last_tokens = np.minimum(costs.request.prompt_tokens - costs.cached_tokens[ends], fleet.chunk_tokens[ends])
-    last_bytes = np.minimum(last_tokens * (fleet.block_bytes / fleet.kind.block_tokens / fleet.layers), missing_bytes)
+    last_bytes = np.minimum(last_tokens * (fleet.token_bytes / fleet.layers), missing_bytes)
     hidden_s = costs.work_s[ends]
     left_s = np.maximum(last_bytes * byte_s, missing_bytes * byte_s - hidden_s)
     exposed_s: Floats = latency_s + left_s

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from baton.cluster.worker_info import Load, WorkerInfo
 from baton.latency import DecodeCost, PrefillCost, TransferCost, WorkerLatency
 from router.index.prefixes import Prefixes
-from router.placement.block_names import BlockKind
 from router.placement.candidates import candidate
 from router.placement.demand import Demand
 from router.placement.fleet import Fleet
@@ -22,7 +21,6 @@ from router.placement.worker_load import WorkerLoad
 from tests.router.placement_rig import BLOCK_TOKENS, LATENCY, a_request, a_worker
 
 NOW_S = 50.0
-KIND = BlockKind("f", BLOCK_TOKENS, "float32")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Prefix:
 def a_priced_fleet(
     workers: list[WorkerInfo], tokens: int = 1000, lengths: Mapping[int, Prefix] | None = None, ties_seed: int = 1
 ) -> Costs:
-    fleet = Fleet(KIND, [WorkerLoad(worker, NOW_S) for worker in workers], Demand(NOW_S), NOW_S)
+    fleet = Fleet([WorkerLoad(worker, NOW_S) for worker in workers], Demand(NOW_S), NOW_S)
     ties_s = np.array([Random(ties_seed + number).random() * 1e-9 for number in range(len(workers))])
     return price(fleet, a_request(tokens), Prefixes.of(lengths or {}, len(workers)), ties_s, NOW_S)
 
@@ -174,7 +172,7 @@ def test_the_slower_end_sets_a_links_pace() -> None:
 @pytest.mark.parametrize("expected_tokens", [1, 50, 99, 150, 200, 1000])
 def test_steps_shared_with_those_that_run_are_the_mean_over_what_they_may_have_left(expected_tokens: int) -> None:
     left = 100.0  # of 4 sequences, none to 200 each
-    fleet = Fleet(KIND, [WorkerLoad(a_worker("d", load=Load(running_sequences=4)), NOW_S)], Demand(NOW_S), NOW_S)
+    fleet = Fleet([WorkerLoad(a_worker("d", load=Load(running_sequences=4)), NOW_S)], Demand(NOW_S), NOW_S)
     fleet.remaining_tokens[0] = left
     drawn = np.linspace(0, 2 * left, 100_001)
     assert shared_steps(fleet, expected_tokens)[0] == pytest.approx(4 * np.minimum(drawn, expected_tokens).mean(), 1e-4)
@@ -201,7 +199,7 @@ def test_blocks_that_push_out_others_cost_as_much_as_those_are_worth() -> None:
     demand = Demand(NOW_S)
     demand.observe(NOW_S, 600, 400, pooled=True)
     loads = [WorkerLoad(a_worker(name, "prefill", load=load), NOW_S) for name, load in (("p1", full), ("p2", roomy))]
-    fleet = Fleet(KIND, [*loads, WorkerLoad(a_worker("d"), NOW_S)], demand, NOW_S)
+    fleet = Fleet([*loads, WorkerLoad(a_worker("d"), NOW_S)], demand, NOW_S)
     costs = price(fleet, a_request(1600), Prefixes.of({}, 3), np.zeros(3), NOW_S)
     token_s = LATENCY.prefill.token_s + LATENCY.prefill.chunk_s / 512 + LATENCY.prefill.token_context_s * 700
     assert costs.others_evicted_s.tolist() == pytest.approx([(100 - 10) * 0.4 * BLOCK_TOKENS * token_s, 0, 0])

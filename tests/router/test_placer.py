@@ -13,9 +13,10 @@ from baton.cluster.worker_info import Load, WorkerInfo
 from baton.errors import Unavailable
 from baton.ids import WorkerId
 from baton.latency import WorkerLatency
+from router.placement.block_names import BlockKind, BlockNames
 from router.placement.placer import CANDIDATES_MAX, TIE_S
-from router.placement.price import LIKELY_TO_COME
-from tests.router.placement_rig import BUSY, LATENCY, Rig, a_fleet, a_request, a_worker, pair_of, slowed
+from router.placement.price import LIKELY_TO_COME, PlacementRequest
+from tests.router.placement_rig import BLOCK_TOKENS, BUSY, LATENCY, Rig, a_fleet, a_request, a_worker, pair_of, slowed
 
 
 def test_a_placed_request_counts_at_once_and_until_it_ends() -> None:
@@ -236,6 +237,27 @@ def test_pools_of_one_model_are_all_candidates_but_pair_only_among_themselves() 
     for decision in decisions:
         for one in [decision.chosen, *decision.others]:
             assert one.prefill is None or one.prefill.fingerprint == one.decode.fingerprint
+
+
+def test_workers_of_other_block_sizes_pair_and_each_goes_by_its_own_names() -> None:
+    """A prefill worker's KV is cut into the decode worker's blocks on the way."""
+    small = a_worker("small-p", "prefill").model_copy(update={"block_tokens": 4, "kv_block_bytes": 400_000})
+    rig = Rig([small, a_worker("p", "prefill", latency=slowed(3)), a_worker("d", load=BUSY)])
+    names = BlockNames(range(1600))
+    request = PlacementRequest("m", 1600, 100, names)
+    decision = rig.serve(request)
+    assert pair_of(decision) == ("small-p", "d")
+    held = {slot: length.hbm for slots, length in rig.index.holders(names(BlockKind.of(small))) for slot in slots}
+    assert held == {rig.index.slot_of(WorkerId("small-p")): 400}
+    again = rig.placer.place(request).chosen
+    assert again.cached_tokens.total == 1599 // 4 * 4 if again.prefill else again.cached_tokens.total == 1599 // 16 * 16
+    assert again.decode_cached_tokens.total == 1599 // BLOCK_TOKENS * BLOCK_TOKENS
+    assert rig.placer.unpaired == {}
+
+
+def test_workers_that_nobody_can_take_kv_from_are_told_with_the_reason() -> None:
+    rig = Rig([*a_fleet(1, 1), a_worker("stranger", "prefill", fingerprint="g")])
+    assert rig.placer.unpaired == {"stranger": "no decode worker has the same weights and type of KV"}
 
 
 HALF_A_CHUNK_LESS = 0.95

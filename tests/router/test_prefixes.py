@@ -8,18 +8,17 @@ from baton.ids import BlockHash, WorkerId
 from router.index.block_table import PrefixLength, column_numbers
 from router.index.prefix_index import PrefixIndex
 from router.index.prefixes import Prefixes
-from router.placement.block_names import BlockKind
 from router.placement.demand import Demand
 from router.placement.fleet import Fleet
 from router.placement.worker_load import WorkerLoad
-from tests.router.placement_rig import BLOCK_TOKENS, a_worker
+from tests.router.placement_rig import a_worker
 
 SHORT, LONG = PrefixLength(2), PrefixLength(5, 1)
 
 
 def a_fleet(slots: list[int | None]) -> Fleet:
     loads = [WorkerLoad(a_worker(f"worker-{column}"), 0.0) for column in range(len(slots))]
-    fleet = Fleet(BlockKind("f", BLOCK_TOKENS, "float32"), loads, Demand(0.0), 0.0)
+    fleet = Fleet(loads, Demand(0.0), 0.0)
     for load, slot in zip(fleet.loads, slots, strict=True):
         fleet.set_slot(load, slot)
     return fleet
