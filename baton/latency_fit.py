@@ -33,6 +33,8 @@ PASSES = 5
 """Over the steps of a self-test: from a start that is wrong by a factor of 1000 to less than 10 %."""
 MIXED_DECODE_SHARE_MAX = 0.5
 """A step of both kinds tells of its chunks only where its sequences are predicted to take no more of it than this."""
+LINK_TESTS_MAX = 32
+"""Transfers of links' self-tests that are remembered until there is a real one."""
 SECONDS_MIN = 1e-9
 """The least that is ever predicted."""
 SECONDS_PER_BYTE_MIN = 1e-14
@@ -123,6 +125,7 @@ class LatencyFit:
         self._prefill = LinearFit((start.prefill.chunk_s, start.prefill.token_s, start.prefill.token_context_s))
         self._decode = LinearFit((start.decode.step_s, start.decode.sequence_s, start.decode.kv_token_s))
         self._transfer = LinearFit((start.transfer.latency_s, 1 / start.transfer.bytes_per_s), changes_as_one=False)
+        self._link_tests: list[tuple[int, float]] | None = []
 
     @classmethod
     def of(cls, steps: Sequence[tuple[StepWork, float]]) -> "LatencyFit":
@@ -163,7 +166,20 @@ class LatencyFit:
         self._observe(self._decode, (1, sequences, kv_tokens), seconds)
 
     def observe_transfer(self, size_bytes: int, seconds: float) -> None:
+        self._link_tests = None
         self._observe(self._transfer, (1, size_bytes), seconds)
+
+    def observe_link_test(self, size_bytes: int, seconds: float) -> None:
+        """One of a few transfers, small and large, by which a link is tested. Until there was a real one, the tests
+        alone are what is known, and not what was assumed before them."""
+        if self._link_tests is None or min(size_bytes, seconds) <= 0:
+            self._observe(self._transfer, (1, size_bytes), seconds)
+            return
+        self._link_tests.append((size_bytes, seconds))
+        del self._link_tests[:-LINK_TESTS_MAX]
+        self._transfer = LinearFit(_line_through(self._link_tests), changes_as_one=False)
+        for size, measured_s in self._link_tests:
+            self._transfer.observe((1, size), measured_s)
 
     @staticmethod
     def _observe(fit: LinearFit, x: Sequence[float], seconds: float) -> None:
@@ -174,3 +190,18 @@ class LatencyFit:
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def _line_through(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Latency and seconds per byte with the least squares of relative errors, neither below zero. All sizes and times
+    are positive."""
+    one = [1 / seconds for _, seconds in transfers]
+    size = [size_bytes / seconds for size_bytes, seconds in transfers]
+    squares, mixed, sizes = _dot(one, one), _dot(one, size), _dot(size, size)
+    determinant = squares * sizes - mixed**2
+    if determinant > 1e-9 * squares * sizes:
+        latency_s = (sum(one) * sizes - sum(size) * mixed) / determinant
+        byte_s = (sum(size) * squares - sum(one) * mixed) / determinant
+        if min(latency_s, byte_s) >= 0:
+            return latency_s, byte_s
+    return 0.0, sum(size) / sizes

@@ -79,7 +79,9 @@ class WorkerSettings(ServiceSettings):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto: as in the checkpoint")
     threads: int = Field(0, ge=0, description="torch threads; 0: torch's own choice")
-    block_tokens: int = Field(32, ge=1, le=1024, description="Tokens in one KV block; equal on all workers of a model")
+    block_tokens: int = Field(
+        32, ge=1, le=1024, description="Tokens in one KV block; where workers differ, KV is cut anew on its way"
+    )
     kv_blocks: int = Field(0, ge=0, description="Blocks in the pool; 0: from kv_memory_bytes")
     kv_memory_bytes: int = Field(0, ge=0, description="Pool size; 0: 1 GiB on CPU, 90 % of what is free on a GPU")
     context_length_max: int = Field(0, ge=0, description="Longest prompt plus completion; 0: the model's own limit")

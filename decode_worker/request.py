@@ -27,6 +27,7 @@ class ActiveRequest:
     sampling: SamplingParams
     cache_salt: str
     candidates: tuple[worker_pb2.PrefillCandidate, ...]
+    """Prefill workers to ask, best first, each once."""
     outbox: Outbox
     clock: Clock
     decode_worker: str
@@ -46,6 +47,7 @@ class ActiveRequest:
     started: worker_pb2.PrefillStarted | None = None
     commit: worker_pb2.PrefillCommit | None = None
     prefill_worker: str = ""
+    candidates_asked: int = 0
     failed_prefill_workers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,17 @@ class ActiveRequest:
     def remaining_s(self) -> float:
         """Until its deadline; may be negative."""
         return inf if self.deadline_s is None else self.arrived_s + self.deadline_s - self.clock()
+
+    @property
+    def has_candidates(self) -> bool:
+        """That were not asked yet."""
+        return self.candidates_asked < len(self.candidates)
+
+    def next_candidate(self) -> worker_pb2.PrefillCandidate | None:
+        if not self.has_candidates:
+            return None
+        self.candidates_asked += 1
+        return self.candidates[self.candidates_asked - 1]
 
     def admit(self, event: Admitted) -> None:
         self.admitted_s = self.clock()

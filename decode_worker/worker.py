@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from random import Random
 
 from baton.clock import Clock, monotonic
 from baton.cluster.worker_info import WorkerInfo
@@ -15,6 +16,8 @@ from baton.rpc.convert import (
     sampling_from_proto,
 )
 from baton.settings import DecodeWorkerSettings
+from decode_worker.attempt import Filled
+from decode_worker.fence import Fence, Unsettled
 from decode_worker.prefill_client import PrefillCancelled, PrefillClient
 from decode_worker.remote_prefill import PREFILL_ATTEMPTS_MAX, RemotePrefill
 from decode_worker.request import ActiveRequest, Outbox
@@ -22,7 +25,7 @@ from decode_worker.session import DecodeServicer
 from engine.host import WorkerHost
 from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
 from kvtransfer.inproc import InprocHub
-from kvtransfer.registry import make_ports
+from kvtransfer.verify import Verifier, VerifyMetrics
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +43,8 @@ class DecodeWorker:
 
     def __init__(self, settings: DecodeWorkerSettings, clock: Clock = monotonic, hub: InprocHub | None = None) -> None:
         """`hub` joins the workers of one process that allow the transport inproc."""
-        self._settings, self._clock, self._hub = settings, clock, hub
-        self._host = WorkerHost("decode", settings, self._on_result, clock=clock)
+        self._settings, self._clock = settings, clock
+        self._host = WorkerHost("decode", settings, self._on_result, clock=clock, hub=hub)
         self._requests: dict[RequestId, ActiveRequest] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
@@ -57,25 +60,19 @@ class DecodeWorker:
 
     async def start(self) -> None:
         """Returns when the model is loaded, the ports are open and the cluster knows."""
-        settings = self._settings
         await self._host.load()
-        ports = make_ports(
-            settings.allowed_transports,
-            self._host.engine.region,
-            self._host.registry,
-            settings.host,
-            settings.transport_port,
-            settings.reachable_host,
-            self._hub,
-        )
-        self._remote_prefill = RemotePrefill(
-            self._host.model, ports, PrefillClient(settings.prefill_timeout_s), settings.prefill_timeout_s
-        )
-        await self._remote_prefill.start()
+        self._remote_prefill = self._make_remote_prefill()
         servicer = DecodeServicer(self)
         await self._host.serve(
             SERVICE, lambda server: worker_pb2_grpc.add_DecodeWorkerServicer_to_server(servicer, server)
         )
+
+    def _make_remote_prefill(self) -> RemotePrefill:
+        host, timeout_s = self._host, self._settings.prefill_timeout_s
+        verifier = Verifier(host.engine.region, self._settings.verify, VerifyMetrics(host.registry), Random())
+        client = PrefillClient(host.channels.to, verifier, timeout_s)
+        fence = Fence(host.ports, self._reclaim, host.registry)
+        return RemotePrefill(host.model, host.ports, host.links, client, fence, timeout_s)
 
     async def failed(self) -> None:
         """Raises when the worker cannot serve any more, and its process should end."""
@@ -223,21 +220,47 @@ class DecodeWorker:
 
     async def _prefill_remotely(self, request: ActiveRequest, blocks: Sequence[BlockId]) -> None:
         """Has the reserved blocks filled by the first candidate that can; else by this worker's own engine."""
+        filled, unsettled = None, None
         try:
-            commit = await self._remote_prefill.fill(request, blocks)
+            filled = await self._remote_prefill.fill(request, blocks)
         except PrefillCancelled:
-            commit = None
+            pass
+        except Unsettled as error:
+            unsettled = error
         finally:
             request.remote_prefill = None
-        if commit is not None:
-            self._host.transferred(commit.transfer_bytes, commit.transfer_s)
+        if unsettled is not None:
+            await self._begin_anew(request, blocks, unsettled)
+            return
         if request.cancelled.is_set():
             self._abort(request)
-        elif commit is None:
+        elif filled is None:
             self._host.engine.post(lambda engine: engine.prefill_here(request.request_id))
         else:
-            logprobs = (logprobs_from_proto(commit.logprobs),) if commit.HasField("logprobs") else ()
-            self._host.engine.post(lambda engine: engine.commit(request.request_id, commit.first_token, logprobs))
+            self._commit(request, filled)
+
+    def _commit(self, request: ActiveRequest, filled: Filled) -> None:
+        commit = filled.commit
+        self._host.transferred(commit.transfer_bytes, commit.transfer_s)
+        logprobs = (logprobs_from_proto(commit.logprobs),) if commit.HasField("logprobs") else ()
+        self._host.engine.post(
+            lambda engine: engine.commit(request.request_id, commit.first_token, logprobs, filled.digests)
+        )
+
+    async def _begin_anew(self, request: ActiveRequest, blocks: Sequence[BlockId], unsettled: Unsettled) -> None:
+        """In new blocks, because somebody may still write into these. Each time a candidate is used up, so it ends."""
+        self._host.engine.post(lambda engine: engine.abandon(request.request_id))
+        lacking = len(blocks) - request.cached_tokens // self._host.model.layout.block_tokens
+        self._remote_prefill.fence.quarantine(request.request_id, lacking, unsettled)
+        if request.cancelled.is_set():
+            self._forget(request)
+            return
+        if not request.has_candidates:
+            request.prefill = Prefill.HERE
+        await self._add(request)
+
+    def _reclaim(self, request_id: RequestId) -> None:
+        self._host.engine.post(lambda engine: engine.reclaim(request_id))
 
     # ---- ends
 

@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
@@ -11,27 +11,33 @@ import torch
 
 from baton.clock import Clock, monotonic
 from baton.errors import BatonError, InvalidRequest
-from baton.ids import RequestId
+from baton.ids import BlockHash, RequestId
+from baton.layout import PROBE_BLOCKS
 from baton.sampling import PositionLogprobs, SamplingParams
 from baton.settings import WorkerSettings
 from engine.batch import Draw, Drawn, Row
 from engine.cache_journal import CacheJournal
 from engine.device_region import DeviceRegion
+from engine.digest_book import DigestBook
+from engine.digests import Digester, RegionDigester
 from engine.interface import (
     Admitted,
+    BlocksWritten,
     EngineRequest,
     EngineStats,
     Failed,
     Generated,
+    Held,
     LayerListener,
     ModelInfo,
     Prefill,
     StepResult,
     StepTiming,
 )
+from engine.kept_blocks import KeptBlocks
 from engine.model.loader import LoadedModel, load_model
 from engine.pool_size import pool_blocks
-from engine.rows import draw_for, row_of, written_by
+from engine.rows import draw_for, fresh_blocks, row_of, written_by
 from engine.runner import ModelRunner, StepLogits, kv_layout
 from engine.sampler import sample
 from engine.scheduler import Chunk, Limits, Scheduler
@@ -56,6 +62,14 @@ class Logits(Protocol):
 AnyLogits = TypeVar("AnyLogits", bound=Logits)
 RunnerLogits = TypeVar("RunnerLogits", bound=Logits, covariant=True)
 OnLayer = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    """What another engine computed for a request."""
+
+    first: Drawn
+    digests: tuple[int, ...]
 
 
 class Runner(Protocol[RunnerLogits]):
@@ -92,19 +106,23 @@ class LocalEngine(Generic[AnyLogits]):
         listener: LayerListener | None = None,
         seeds: Callable[[], int] = draw_seed,
         clock: Clock = monotonic,
+        digester: Digester | None = None,
     ) -> None:
-        """`seeds` gives the seed of each request that comes without one; `clock` times the steps."""
-        assert model.context_length <= model.layout.blocks * model.layout.block_tokens
+        """`seeds` gives the seed of each request that comes without one; `clock` times the steps. Without a digester
+        the engine tells no digests."""
+        assert model.context_length <= model.layout.pool_blocks * model.layout.block_tokens
         self.model, self.region = model, region
         self._runner, self._sample = runner, sample
         self._listener, self._seeds = listener, seeds
         self._journal = CacheJournal()
-        pool = BlockPool(model.layout.blocks, self._journal)
+        self._digests = DigestBook(digester)
+        pool = BlockPool(model.layout.pool_blocks, self._journal, self._digests)
+        self._kept = KeptBlocks(pool)
         self._scheduler = Scheduler(pool, model.layout.block_tokens, limits)
         self._clock, self._stopwatch = clock, Stopwatch(clock)
         self._sequences: dict[RequestId, LiveSequence] = {}
         self._arrivals = count()
-        self._commits: dict[RequestId, Drawn] = {}
+        self._commits: dict[RequestId, _Commit] = {}
         self._told_news = False
         self._steps = 0
 
@@ -129,17 +147,20 @@ class LocalEngine(Generic[AnyLogits]):
         facts, block_tokens = loaded.facts, settings.block_tokens
         limit = min(facts.context_length, settings.context_length_max or facts.context_length)
         block_bytes = kv_layout(loaded, block_tokens, 1).block_bytes
-        layout = kv_layout(loaded, block_tokens, pool_blocks(settings, block_bytes, limit, loaded.device))
+        blocks = pool_blocks(settings, block_bytes, limit, loaded.device)
+        layout = kv_layout(loaded, block_tokens, blocks + PROBE_BLOCKS)
         region = HostRegion.allocate(layout) if loaded.device.type == "cpu" else DeviceRegion(layout, loaded.device)
         model = ModelInfo(
             name=settings.model_name,
             fingerprint=facts.fingerprint,
-            context_length=min(limit, layout.blocks * block_tokens),
+            context_length=min(limit, blocks * block_tokens),
             vocabulary_size=facts.vocabulary_size,
             eos_token_ids=facts.eos_token_ids,
             layout=layout,
         )
-        return LocalEngine(model, region, ModelRunner(loaded, region), _sample, Limits.of(settings), listener)
+        digester = None if settings.verify == "never" else _digester_of(region)
+        runner, limits = ModelRunner(loaded, region), Limits.of(settings)
+        return LocalEngine(model, region, runner, _sample, limits, listener, digester=digester)
 
     # ---- requests
 
@@ -158,10 +179,25 @@ class LocalEngine(Generic[AnyLogits]):
             if not self._scheduler.running:
                 self._stopwatch.reset()
 
-    def commit(self, request_id: RequestId, first_token: int, logprobs: tuple[PositionLogprobs, ...]) -> None:
+    def commit(
+        self,
+        request_id: RequestId,
+        first_token: int,
+        logprobs: tuple[PositionLogprobs, ...],
+        digests: tuple[int, ...] = (),
+    ) -> None:
         if sequence := self._sequences.get(request_id):
             assert sequence.stage is Stage.RESERVED and request_id not in self._commits
-            self._commits[request_id] = Drawn(first_token, logprobs[0] if logprobs else ())
+            assert len(digests) in (0, len(sequence.blocks) - sequence.published)
+            self._commits[request_id] = _Commit(Drawn(first_token, logprobs[0] if logprobs else ()), digests)
+
+    def abandon(self, request_id: RequestId) -> None:
+        if sequence := self._sequences.get(request_id):
+            self._kept.abandon(request_id, self._scheduler.abandon(sequence))
+            self._drop(sequence)
+
+    def reclaim(self, request_id: RequestId) -> None:
+        self._kept.reclaim(request_id)
 
     def prefill_here(self, request_id: RequestId) -> None:
         if sequence := self._sequences.get(request_id):
@@ -175,8 +211,21 @@ class LocalEngine(Generic[AnyLogits]):
 
     def _forget(self, sequence: LiveSequence) -> None:
         self._scheduler.remove(sequence)
+        self._drop(sequence)
+
+    def _drop(self, sequence: LiveSequence) -> None:
         del self._sequences[sequence.request_id]
         self._commits.pop(sequence.request_id, None)
+        self._digests.forget(sequence.request_id)
+
+    # ---- blocks for others
+
+    def hold(self, names: Sequence[BlockHash]) -> Held:
+        blocks = self._kept.hold(names)
+        return Held(blocks, self._digests.of(blocks))
+
+    def let_go(self, held: Held) -> None:
+        self._kept.let_go(held.blocks)
 
     # ---- steps
 
@@ -204,25 +253,33 @@ class LocalEngine(Generic[AnyLogits]):
         return StepResult()
 
     def _news(self) -> StepResult:
-        admitted = [
-            Admitted(sequence.request_id, tuple(sequence.blocks), sequence.cached_tokens)
-            for sequence in self._scheduler.admit()
-            if not sequence.preemptions
-        ]
+        admitted = [self._admitted(sequence) for sequence in self._scheduler.admit() if not sequence.preemptions]
         commits, self._commits = self._commits, {}
-        generated = [self._join(self._sequences[request_id], first) for request_id, first in commits.items()]
+        generated = [self._join(self._sequences[request_id], commit) for request_id, commit in commits.items()]
         return StepResult(tuple(admitted), tuple(generated))
 
-    def _join(self, sequence: LiveSequence, first: Drawn) -> Generated:
+    def _admitted(self, sequence: LiveSequence) -> Admitted:
+        """With the digests of what is cached where it is to be sent."""
+        cached = sequence.blocks[: sequence.published] if sequence.prefill is Prefill.ONLY else ()
+        blocks = tuple(sequence.blocks)
+        return Admitted(sequence.request_id, blocks, sequence.cached_tokens, self._digests.of(cached))
+
+    def _join(self, sequence: LiveSequence, commit: "_Commit") -> Generated:
+        foreign = sequence.blocks[sequence.published :]
         self._scheduler.commit(sequence)
-        return self._accept(sequence, first)
+        if commit.digests:
+            self._digests.note(foreign, commit.digests)
+        return self._accept(sequence, commit.first)
 
     def _compute(self, chunks: Sequence[Chunk]) -> StepResult:
         """A failure costs the requests of this step, and nobody else: nothing of them was published yet."""
         self._steps += 1
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        written = [(chunk, event) for chunk in chunks for event in written_by(chunk, self.model.layout.block_tokens)]
         try:
-            logits = self._runner.forward([row_of(chunk) for chunk in chunks], self._on_layer(chunks))
+            on_layer = self._on_layer([event for _, event in written])
+            logits = self._runner.forward([row_of(chunk) for chunk in chunks], on_layer)
+            self._digests.begin([fresh_blocks(chunk, event) for chunk, event in written])
             drawn = self._sample(logits, [draw_for(sequence) for sequence in sampling])
         except Exception as error:
             log.exception("A step of %d rows failed", len(chunks))
@@ -233,11 +290,11 @@ class LocalEngine(Generic[AnyLogits]):
             self._scheduler.advance(chunk)
         work = work_of((chunk.start, chunk.end) for chunk in chunks)
         timing = self._stopwatch.end(work, is_done=bool(sampling) or self.region.is_host)
-        return StepResult(generated=tuple(map(self._accept, sampling, drawn)), timing=timing)
+        digested = self._digests.take(wait=bool(sampling))  # the draw has waited for the device already
+        return StepResult(generated=tuple(map(self._accept, sampling, drawn)), digested=digested, timing=timing)
 
-    def _on_layer(self, chunks: Sequence[Chunk]) -> OnLayer | None:
-        listener, block_tokens = self._listener, self.model.layout.block_tokens
-        written = [event for chunk in chunks for event in written_by(chunk, block_tokens)]
+    def _on_layer(self, written: Sequence[BlocksWritten]) -> OnLayer | None:
+        listener = self._listener
         if listener is None or not written:
             return None
         return lambda layer: listener(layer, written)
@@ -314,11 +371,16 @@ class LocalEngine(Generic[AnyLogits]):
 
     def check_integrity(self) -> None:
         """Asserts that pool, scheduler and requests agree about who holds what. O(blocks)."""
-        self._scheduler.check_integrity(self._sequences.values())
+        self._scheduler.check_integrity(self._sequences.values(), self._kept.holds().elements())
+        assert self._digests.known().keys() == self._scheduler.pool.published()
 
     def close(self) -> None:
         self._runner.close()
         self.region.close()
+
+
+def _digester_of(region: HostRegion | DeviceRegion) -> Digester:
+    return RegionDigester(region) if isinstance(region, HostRegion) else region.digester
 
 
 def _sample(logits: StepLogits, draws: Sequence[Draw]) -> list[Drawn]:

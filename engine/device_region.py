@@ -1,9 +1,14 @@
 """A worker's KV region in device memory, with pinned host staging for transports that move host bytes."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from baton.ids import BlockId
 from baton.layout import KVLayout
+from engine.digests import DeviceDigester
 
 
 class DeviceRegion:
@@ -18,6 +23,8 @@ class DeviceRegion:
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         self.layout = layout
         self.tensor = torch.zeros(layout.shape, dtype=getattr(torch, layout.dtype), device=device)
+        self.digester = DeviceDigester(self.tensor)
+        """For the engine, on its thread and stream; `digests` is for everybody else."""
         self._marks: dict[int, torch.cuda.Event] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -48,11 +55,20 @@ class DeviceRegion:
         slices = self._slices(layer, kv, first_block, blocks)
         self._copy(layer, slices, torch.frombuffer(view, dtype=slices.dtype).view(slices.shape))
 
+    def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
+        """Of what lies there after the last mark of each layer; waits for it."""
+        if self._stream is not None:
+            for mark in tuple(self._marks.values()):
+                self._stream.wait_event(mark)
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return self.digester.begin(blocks).wait()
+
     def share(self) -> None:
         """No other process maps it."""
 
     def close(self) -> None:
         self.tensor = self.tensor.new_empty(0)
+        del self.digester
 
     def _slices(self, layer: int, kv: int, first_block: int, blocks: int) -> Tensor:
         assert 1 <= blocks <= self.layout.blocks - first_block

@@ -16,7 +16,8 @@ from baton.cluster.worker_info import Load, Role, State, WorkerInfo
 from baton.errors import SettingsError
 from baton.ids import WorkerId, new_worker_id
 from baton.latency_fit import LatencyFit
-from baton.rpc import worker_pb2, worker_pb2_grpc
+from baton.rpc import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.rpc.channels import Channels
 from baton.service import GrpcService
 from baton.settings import WorkerSettings
 from engine.arrival_rate import ArrivalRate
@@ -25,7 +26,14 @@ from engine.interface import LayerListener, ModelInfo, StepResult
 from engine.latency_metrics import LatencyMetrics
 from engine.metrics import EngineMetrics
 from engine.thread import EngineThread
+from engine.transfer_servicer import SERVICE as TRANSFER_SERVICE
+from engine.transfer_servicer import TransferServicer
+from engine.transfers import open_transfers, read_secret
 from engine.worker_servicer import WorkerServicer
+from kvtransfer.inproc import InprocHub
+from kvtransfer.link.client import Links
+from kvtransfer.link.servicer import LinkBook
+from kvtransfer.registry import Ports
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +60,15 @@ class WorkerHost:
         on_result: Callable[[StepResult], None],
         layer_listener: LayerListener | None = None,
         clock: Clock = monotonic,
+        hub: InprocHub | None = None,
     ) -> None:
+        """`hub` joins the workers of one process that allow the transport inproc."""
         self.role, self.settings = role, settings
         self.worker_id = WorkerId(settings.worker_id) if settings.worker_id else new_worker_id(role)
         self.state: State = "starting"
         self.registry = CollectorRegistry()
         self._on_result, self._layer_listener = on_result, layer_listener
+        self._clock, self._hub = clock, hub
         self._epoch = secrets.token_hex(8)
         self._fit = LatencyFit()
         self._arrivals = ArrivalRate(clock)
@@ -65,7 +76,9 @@ class WorkerHost:
         self._exits: list[Callable[[], object]] = []
 
     async def load(self) -> None:
-        """Loads the model and allocates the pool, on the engine's thread. Raises as LocalEngine.load does."""
+        """Loads the model and allocates the pool, on the engine's thread. Raises as LocalEngine.load does, and
+        SettingsError for a cluster secret or transports that cannot be used."""
+        secret = read_secret(self.settings)
         self.engine = EngineThread(
             lambda: LocalEngine.load(self.settings, self._layer_listener),
             self._take,
@@ -75,8 +88,41 @@ class WorkerHost:
         self.model: ModelInfo = self.engine.model
         EngineMetrics(self.registry, self.role, self.model.name, self.engine.stats)
         self._latency_metrics = LatencyMetrics(self.registry, self.role, self.model.name, lambda: self._fit.latency)
+        self._transfers = open_transfers(
+            self.settings,
+            secret,
+            self.worker_id,
+            self.engine,
+            self.registry,
+            self._tested_link,
+            self.transferred,
+            self._hub,
+            self._clock,
+        )
         if self.settings.self_test:
             await self._self_test()
+
+    # ---- KV to and from other workers, after `load`
+
+    @property
+    def ports(self) -> Ports:
+        return self._transfers.ports
+
+    @property
+    def link_book(self) -> LinkBook:
+        """Of those that this worker sends to."""
+        return self._transfers.link_book
+
+    @property
+    def links(self) -> Links:
+        """To those that it receives from."""
+        return self._transfers.links
+
+    @property
+    def channels(self) -> Channels:
+        return self._transfers.channels
+
+    # ---- the start
 
     async def _self_test(self) -> None:
         """A worker that fails it may serve all the same; its speed is then learned from what it serves."""
@@ -101,14 +147,17 @@ class WorkerHost:
         self._events = CacheEventPublisher(redis, settings.key_prefix, self.worker_id, self._epoch)
         await self._events.start()
         self._exits.append(self._events.close)
-        self._grpc = GrpcService(settings.host, settings.grpc_port, [service, "baton.v1.Worker"])
+        self._grpc = GrpcService(settings.host, settings.grpc_port, [service, "baton.v1.Worker", TRANSFER_SERVICE])
 
         def register_all(server: grpc.aio.Server) -> None:
             register(server)
             worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(self.status, self.cache_snapshot), server)
+            transfers = TransferServicer(self.link_book, self._transfers.fetch_servicer)
+            transfer_pb2_grpc.add_TransferServicer_to_server(transfers, server)
 
         await self._grpc.start(register_all)
         self._exits.append(self._grpc.stop)
+        self._exits.append(self._transfers.close_links)
         if settings.metrics_port is not None:
             self._serve_metrics(settings.metrics_port)
         self.state = "ready"
@@ -116,7 +165,7 @@ class WorkerHost:
         await self._membership.start()
         self._exits.append(self._membership.close)
         await self._grpc.set_serving(True)
-        log.info("%s ready at %s, %d KV blocks", self.worker_id, self.address, self.model.layout.blocks)
+        log.info("%s ready at %s, %d KV blocks", self.worker_id, self.address, self.engine.stats().kv_blocks_total)
 
     def _serve_metrics(self, port: int) -> None:
         try:
@@ -151,6 +200,9 @@ class WorkerHost:
             self._latency_metrics.measured_transfer(size_bytes, seconds)
             self._fit.observe_transfer(size_bytes, seconds)
 
+    def _tested_link(self, size_bytes: int, seconds: float) -> None:
+        self._fit.observe_link_test(size_bytes, seconds)
+
     def cache_snapshot(self) -> Iterator[worker_pb2.CacheSnapshot]:
         """After `serve`. Of this moment, however slowly it is read."""
         assert self._events is not None
@@ -176,7 +228,7 @@ class WorkerHost:
             vocabulary_size=self.model.vocabulary_size,
             block_tokens=layout.block_tokens,
             kv_dtype=layout.dtype,
-            kv_blocks_total=layout.blocks,
+            kv_blocks_total=stats.kv_blocks_total,
             kv_block_bytes=layout.block_bytes,
             layers=layout.layers,
             chunk_tokens=self.settings.chunk_tokens,
@@ -215,15 +267,17 @@ class WorkerHost:
             log.warning("%s still had work after %g s of draining", self.worker_id, self.settings.drain_timeout_s)
 
     async def close_services(self) -> None:
-        """Leaves the cluster and ends the calls that are still open. Idempotent."""
+        """Leaves the cluster, and ends its links and the calls that are still open. Idempotent."""
         while self._exits:
             outcome = self._exits.pop()()
             if asyncio.iscoroutine(outcome):
                 await outcome
 
     async def stop(self) -> None:
-        """Idempotent, and right at any point of a start that failed."""
+        """Idempotent, and right at any point of a start that failed. When nobody uses `ports` any more."""
         await self.close_services()
+        if hasattr(self, "_transfers"):
+            await self._transfers.close()
         if hasattr(self, "engine"):
             await self.engine.stop()
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from engine.batch import Draw, Row
+from engine.digest_book import FreshBlocks
 from engine.interface import BlocksWritten, Prefill
 from engine.scheduler import Chunk
 from engine.sequence import LiveSequence
@@ -41,3 +42,8 @@ def written_by(chunk: Chunk, block_tokens: int) -> Iterator[BlocksWritten]:
     end = len(sequence.blocks) if chunk.samples else chunk.end // block_tokens
     if first < end:
         yield BlocksWritten(sequence.request_id, first, end)
+
+
+def fresh_blocks(chunk: Chunk, event: BlocksWritten) -> FreshBlocks:
+    """The blocks of one of the chunk's events."""
+    return FreshBlocks(event.request_id, event.first, tuple(chunk.sequence.blocks[event.first : event.end]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from baton.errors import Overloaded
+from baton.ids import BlockId
 from baton.settings import WorkerSettings
 from engine.interface import Prefill
 from engine.sequence import LiveSequence, Stage
@@ -229,6 +230,14 @@ class Scheduler:
             self.running.remove(sequence)
         self._release_blocks(sequence)
 
+    def abandon(self, sequence: LiveSequence) -> list[BlockId]:
+        """Forgets a reserved sequence. What of its blocks was not cached stays held, by the caller from now on."""
+        assert sequence.stage is Stage.RESERVED
+        kept = sequence.blocks[sequence.published :]
+        del sequence.blocks[sequence.published :]
+        self.remove(sequence)
+        return kept
+
     def _release_blocks(self, sequence: LiveSequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
@@ -257,8 +266,9 @@ class Scheduler:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_tokens)
 
-    def check_integrity(self, sequences: Iterable[LiveSequence]) -> None:
-        """Asserts that these sequences are all there is, and hold just the blocks that they should. O(blocks)."""
+    def check_integrity(self, sequences: Iterable[LiveSequence], kept: Iterable[BlockId] = ()) -> None:
+        """Asserts that these sequences are all there is, and that they hold just the blocks that they should; the
+        others that are held are `kept`, as often as they are named. O(blocks)."""
         self.pool.check_integrity()
         by_stage: dict[Stage, list[LiveSequence]] = {stage: [] for stage in Stage}
         for sequence in sequences:
@@ -271,7 +281,7 @@ class Scheduler:
         line = self.waiting
         assert (line.tokens, line.token_context, line.kv_blocks) == (anew.tokens, anew.token_context, anew.kv_blocks)
         assert set(by_stage[Stage.RESERVED]) == self.reserved
-        holders = Counter(block for sequence in chain(*by_stage.values()) for block in sequence.blocks)
+        holders = Counter(chain(kept, *(sequence.blocks for sequence in chain(*by_stage.values()))))
         assert holders == self.pool.holders(), "blocks are leaked or owned by nobody"
         for sequence in self.running:
             assert sequence.computed < len(sequence.tokens), "nothing left to compute"

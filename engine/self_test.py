@@ -34,9 +34,9 @@ def step_shapes(layout: KVLayout, context_length: int, chunk_tokens: int, sequen
     """Prefill and decode in turns, small ones first; all of them fit into the pool and the context."""
 
     def context_max(sequences: int, new: int) -> int:
-        return min(context_length, layout.blocks // sequences * layout.block_tokens) - new
+        return min(context_length, layout.pool_blocks // sequences * layout.block_tokens) - new
 
-    batch = min(sequences_max, BATCH_MAX, layout.blocks)
+    batch = min(sequences_max, BATCH_MAX, layout.pool_blocks)
     few = max(1, batch // 4)
     chunk = min(max(2, chunk_tokens), context_max(1, 0))
     far = min(CONTEXT_CHUNKS_MAX * chunk, context_max(1, chunk))

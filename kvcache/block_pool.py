@@ -44,10 +44,10 @@ class BlockPool:
     Not thread-safe: the engine's thread owns it.
     """
 
-    def __init__(self, blocks: int, listener: PoolListener | None = None) -> None:
+    def __init__(self, blocks: int, *listeners: PoolListener) -> None:
         assert blocks > 0
         self.total = blocks
-        self._listener = listener
+        self._listeners = listeners
         self._free = FreeRuns(blocks)
         self._holders = [0] * blocks
         self._name: list[BlockHash | None] = [None] * blocks
@@ -133,8 +133,8 @@ class BlockPool:
             return
         assert self._name[block] is None, f"block {block} published under two names"
         self._name[block], self._by_name[name] = name, block
-        if self._listener:
-            self._listener.stored(block, name)
+        for listener in self._listeners:
+            listener.stored(block, name)
 
     def _make_room(self, count: int) -> None:
         """Evicts until `count` blocks are free, and a spare; and some more while that may give them in one run."""
@@ -161,14 +161,18 @@ class BlockPool:
         self._name[block] = None
         del self._by_name[name]
         self._free.add(block)
-        if self._listener:
-            self._listener.removed(block, name)
+        for listener in self._listeners:
+            listener.removed(block, name)
 
     # ---- self-check
 
     def holders(self) -> dict[BlockId, int]:
         """How many hold each block that is held. O(blocks)."""
         return {BlockId(block): holders for block, holders in enumerate(self._holders) if holders}
+
+    def published(self) -> set[BlockId]:
+        """The blocks of the prefix cache, held or not. O(blocks)."""
+        return set(self._by_name.values())
 
     def check_integrity(self) -> None:
         """Asserts that every block is in exactly one state and that all indexes agree. O(blocks)."""

@@ -1,19 +1,26 @@
 """The digest that goes with a KV block from where it was computed to where it is used.
 
 It is defined on the block's bytes, slice by slice, in arithmetic modulo 2^64, which torch and numpy do alike on any
-device, and as fast as memory can be read. With x the little-endian 64-bit words of a slice (a slice whose size is no
-multiple of 8 is filled up with zeros), a layer's keys (kv = 0) or values (kv = 1):
+device. With x the little-endian 64-bit words of a slice (a slice whose size is no multiple of 8 is filled up with
+zeros), a layer's keys (kv = 0) or values (kv = 1):
 
     slice digest  s = sum_i w_i * x_i + v_i * (x_i >> 32)        (an arithmetic shift)
     block digest  d = sum over layer, kv of c_(2 * layer + kv) * s(layer, kv)
 
-w, v and c are fixed odd numbers. Any change of one word is seen, and any other by all but one in 2^31 of the choices of
-w, v and c at the very least: the second sum is there because two changes of a top bit would cancel in the first.
+w, v and c are fixed odd numbers, so a change within one 32-bit half of one word - a bit, a byte, one number of any
+dtype - is always seen. Any other change of one slice is missed by at most one in 2^32 of the choices of w and v:
+the top bits that w * x alone would let cancel are low ones in x >> 32. (Proof: let a and b be by how much a changed
+word and its upper half differ. Over odd w_i and v_i, a * w_i + b * v_i takes each of its values with a probability of
+2^-(63 - t) at most, where 2^t is the largest power of two that divides both, and t < 32.) Of changes in several slices
+at once, those whose weighted sums over the slices happen to be divisible by more than 2^32 come on top: at the very
+worst, one in 2^25 is missed. A block does not know its place: that it landed in another's is seen because every place
+is compared with its own digest.
+
 It guards against errors, not against a forger: who may write at all is the transports' to say.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +28,13 @@ from numpy.typing import NDArray
 from baton.ids import BlockId
 from baton.layout import KVLayout
 
-BATCH_BYTES = 512 * 1024
-"""Digested at a time, so that what is computed on the way stays in the processor's cache."""
+WORD_BYTES = 8
+BATCH_BYTES = 256 * 1024
+"""Digested at a time, so that the shifted words stay in the processor's cache."""
 _SEED = 0x6B76_6261_746F_6E31
+
+Rows = slice | NDArray[np.intp]
+"""Which of a region's blocks, as numpy takes it: adjacent ones are a view, others are copied together."""
 
 
 @lru_cache(maxsize=16)
@@ -48,14 +59,18 @@ def _odd_numbers(count: int, seed: int) -> NDArray[np.int64]:
         return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
 
 
+def slice_words(slice_bytes: int) -> int:
+    """The last one may be filled up."""
+    return -(-slice_bytes // WORD_BYTES)
+
+
 def slice_digests(slices: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Of each row of bytes, contiguous: one slice each."""
-    words = slices
-    if slices.shape[1] % 8:
-        words = np.pad(slices, ((0, 0), (0, -slices.shape[1] % 8)))
-    x = words.view(np.int64)
-    low, high = word_weights(x.shape[1])
-    digests: NDArray[np.int64] = x @ low + (x >> 32) @ high
+    if slices.shape[1] % WORD_BYTES:
+        slices = np.pad(slices, ((0, 0), (0, -slices.shape[1] % WORD_BYTES)))
+    words = slices.view("<i8")
+    low, high = word_weights(words.shape[1])
+    digests: NDArray[np.int64] = words @ low + (words >> 32) @ high
     return digests
 
 
@@ -63,20 +78,26 @@ def block_digests(memory: memoryview, layout: KVLayout, blocks: Sequence[BlockId
     """Of each block of a region in host memory, as unsigned 64-bit numbers."""
     region = np.frombuffer(memory, np.uint8, layout.region_bytes)
     region = region.reshape(layout.layers, 2, layout.blocks, layout.slice_bytes)
-    weights = slice_weights(layout.layers)
-    step = max(1, BATCH_BYTES // layout.slice_bytes)
-    digests = np.zeros(len(blocks), np.int64)
-    for begin in range(0, len(blocks), step):
-        some = slice(begin, begin + step)
-        for layer in range(layout.layers):
-            for kv in (0, 1):
-                digests[some] += weights[layer, kv] * slice_digests(_rows(region[layer, kv], blocks[some]))
+    digests: list[int] = []
+    for rows in _batches(blocks, max(1, BATCH_BYTES // layout.slice_bytes)):
+        digests += _digests(region, rows)
+    return digests
+
+
+def _digests(region: NDArray[np.uint8], rows: Rows) -> list[int]:
+    """`region` is [layer][k|v][block][bytes of a slice]."""
+    weights = slice_weights(region.shape[0])
+    terms = (weights[layer, kv] * slice_digests(region[layer, kv, rows]) for layer, kv in np.ndindex(weights.shape))
+    return unsigned(reduce(np.add, terms))
+
+
+def _batches(blocks: Sequence[BlockId], size: int) -> Iterator[Rows]:
+    for begin in range(0, len(blocks), size):
+        some = np.asarray(blocks[begin : begin + size], np.intp)
+        is_run = bool((np.diff(some) == 1).all())
+        yield slice(int(some[0]), int(some[-1]) + 1) if is_run else some
+
+
+def unsigned(digests: NDArray[np.int64]) -> list[int]:
+    """As messages carry them."""
     return [int(digest) for digest in digests.view(np.uint64)]
-
-
-def _rows(slices: NDArray[np.uint8], blocks: Sequence[BlockId]) -> NDArray[np.uint8]:
-    """A view where the blocks are adjacent, else a copy."""
-    first, last = blocks[0], blocks[-1]
-    if last - first == len(blocks) - 1 and all(b - a == 1 for a, b in zip(blocks, blocks[1:], strict=False)):
-        return slices[first : last + 1]
-    return slices[np.asarray(blocks)]

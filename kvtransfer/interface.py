@@ -57,6 +57,11 @@ class Region(Protocol):
     def close(self) -> None: ...
 
 
+REPEATS_MAX = 64
+"""One write may name a block several times, as a link's self-test does: so many blocks in all, or as many as the ticket
+has if that is more."""
+
+
 class Connection(Protocol):
     """One ticket's way into the decode worker's region, used by one task at a time (`close` may be
     called by another). Raises TransferError when the peer, the link or the ticket is gone; after an

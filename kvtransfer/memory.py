@@ -106,11 +106,11 @@ class SharedMemory(_Mapped):
 
 
 class AttachedMemory(_Mapped):
-    """Another process's, or this one's own by a second mapping."""
+    """Another process's, or this one's own by a second mapping. Owns `fd`, which is open for itself alone."""
 
     def __init__(self, owner: ProcessIdentity, fd: int, size: int) -> None:
         super().__init__(fd, size)
-        self.owner = owner
+        self.owner, self.fd = owner, fd
 
     @classmethod
     def attach(cls, share: Share) -> Self:
@@ -119,17 +119,23 @@ class AttachedMemory(_Mapped):
         _check_reachable(share)
         fd = _open_memfd(f"/proc/{share.process.pid}/fd/{share.fd}")
         try:
-            if os.fstat(fd).st_size != HEADER_BYTES + share.size or not _is_sealed(fd):
-                raise TransferError("The memory shared by the other process is not what it said.")
+            _check_is(fd, share)
             attached = cls(share.process, fd, share.size)
-        except OSError as error:
-            raise TransferError(f"The memory of the other process could not be mapped: {error.strerror}.") from None
-        finally:
+        except TransferError:
             os.close(fd)
+            raise
+        except OSError as error:
+            os.close(fd)
+            raise TransferError(f"The memory of the other process could not be mapped: {error.strerror}.") from None
         if not attached._has(share.nonce):
             attached.close()
             raise TransferError(_GONE)
         return attached
+
+    def close(self) -> None:
+        if not self.is_closed:
+            super().close()
+            os.close(self.fd)
 
     def _has(self, nonce: bytes) -> bool:
         assert self._mapping is not None
@@ -158,9 +164,10 @@ def _open_memfd(path: str) -> int:
         raise TransferError(f"The memory of the other process could not be opened: {error.strerror}.") from None
 
 
-def _is_sealed(fd: int) -> bool:
+def _check_is(fd: int, share: Share) -> None:
     seals: int = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    return seals & fcntl.F_SEAL_SHRINK != 0
+    if os.fstat(fd).st_size != HEADER_BYTES + share.size or not seals & fcntl.F_SEAL_SHRINK:
+        raise TransferError("The memory shared by the other process is not what it said.")
 
 
 def _boot_id() -> bytes:

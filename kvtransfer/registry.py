@@ -41,8 +41,7 @@ def _shm(place: Place) -> Port:
 
 
 def _tcp(place: Place) -> Port:
-    receiver = TcpReceiver(place.region, place.host, place.port, place.advertise_host, place.metrics)
-    return Port(receiver, TcpSender(place.region, place.metrics))
+    return Port(TcpReceiver(place), TcpSender(place))
 
 
 def _nixl(place: Place) -> Port:

@@ -1,9 +1,10 @@
 """Adjacent blocks are moved together: fewer and larger copies."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from baton.ids import BlockId
 from baton.layout import KVLayout
@@ -33,9 +34,9 @@ def runs_of(source: Sequence[BlockId], target: Sequence[BlockId], blocks_max: in
             start = i
 
 
-def run_blocks_max(layout: KVLayout) -> int:
-    """How many slices fit in RUN_BYTES_MAX; at least one."""
-    return max(1, RUN_BYTES_MAX // layout.slice_bytes)
+def run_blocks_max(layout: KVLayout, bytes_max: int = RUN_BYTES_MAX) -> int:
+    """How many slices fit in it; at least one."""
+    return max(1, bytes_max // layout.slice_bytes)
 
 
 def copy_run(source: Region, layer: int, kv: int, run: Run, place: memoryview) -> int:
@@ -43,3 +44,21 @@ def copy_run(source: Region, layer: int, kv: int, run: Run, place: memoryview) -
     data = source.readable(layer, kv, run.source, run.blocks)
     np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(data, np.uint8))
     return data.nbytes
+
+
+Rows = NDArray[np.uint8]
+"""`[block][byte]`: adjacent slices."""
+
+
+def rows_of(view: memoryview, layout: KVLayout) -> Rows:
+    return np.frombuffer(view, np.uint8).reshape(-1, layout.slice_bytes)
+
+
+def source_rows(source: Region, layer: int) -> Callable[[int, Run], Rows]:
+    """How to get at the bytes of a run's source blocks in a layer, by `kv` and run. Views, and quick to take, in host
+    memory; elsewhere copies that may wait for the device."""
+    layout = source.layout
+    if not source.is_host:
+        return lambda kv, run: rows_of(source.readable(layer, kv, run.source, run.blocks), layout)
+    rows = [rows_of(source.readable(layer, kv, 0, layout.blocks), layout) for kv in (0, 1)]
+    return lambda kv, run: rows[kv][run.source : run.source + run.blocks]

@@ -21,8 +21,8 @@ def takes_settings(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Turns `f(settings, ...)` into a command with a flag for each of the settings' fields, and `--config`.
 
-    `aliases` gives fields a second, shorter flag; `hidden` fields have none, nor have those that hold further fields, nor
-    secrets, which would be seen in the list of processes.
+    `aliases` gives fields a second, shorter flag; `hidden` fields have none, nor have those that hold further fields,
+    nor secrets, which would be seen in the list of processes.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -70,6 +70,10 @@ def value_type(field: FieldInfo) -> Any:
 def is_nested(field: FieldInfo) -> bool:
     """Whether it is a list of objects, which a flag is too narrow for."""
     return any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(value_type(field)))
+
+
+def is_secret(field: FieldInfo) -> bool:
+    return value_type(field) is SecretStr
 
 
 def click_type(field: FieldInfo) -> type:

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from baton.cluster.redis_server import EmbeddedRedis
+from baton.secret import with_secret
 from baton.settings import RouterSettings, UpSettings
 from launcher.checks import check_model, check_redis
 from launcher.plan import check_settings, plan_workers, settings_for
@@ -46,6 +47,7 @@ class Deployment:
         """Returns when requests can be served. Raises BatonError with what is wrong, and before anything
         heavy is started if it can be seen by then."""
         check_settings(self._settings)
+        self._settings = with_secret(self._settings)
         async with self._progress.step(f"looking for the model {self._settings.model}"):
             await asyncio.to_thread(find, self._settings.model)
         redis_url = await self._find_redis()

@@ -1,8 +1,12 @@
 """One worker's end of nixl."""
 
-from baton.errors import TransferError
+from kvtransfer.nixl.driver import Driver
+from kvtransfer.nixl.receiver import NixlReceiver
+from kvtransfer.nixl.sender import NixlSender
 from kvtransfer.port import Place, Port
 
 
 def make_port(place: Place) -> Port:
-    raise TransferError("Not yet.")
+    """Both sides share one agent, which the first that is used brings up."""
+    driver = Driver(place.region)
+    return Port(NixlReceiver(place, driver), NixlSender(place, driver))

@@ -8,8 +8,10 @@ from kvtransfer.memory import AttachedMemory
 from kvtransfer.region import AttachedRegion, attach
 from kvtransfer.shm.table import Invitation, holds
 
-IDLE_S = 10.0
+IDLE_S = 600.0
 """How long a peer stays mapped after its last ticket: mapping it anew costs a page fault for each page."""
+LOOK_S = 10.0
+"""How often an idle peer is looked after: a dead one's memory is held here for so long at most."""
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +22,8 @@ class Peer:
     region: AttachedRegion
     table: AttachedMemory
     users: int = 0
+    claimed: set[int] = field(default_factory=set)
+    """Tickets that a connection of this process has: the fence's lock is one for the whole process."""
     expiry: asyncio.TimerHandle | None = None
 
     @property
@@ -33,6 +37,15 @@ class Peer:
     def check_open(self, invitation: Invitation) -> None:
         if not holds(self.table.memory, invitation.slot, invitation.secret):
             raise TransferError("The receiver has closed the ticket.")
+
+    def claim(self, ticket: int) -> None:
+        """Raises TransferError if another connection of this process has the ticket."""
+        if ticket in self.claimed:
+            raise TransferError("Another connection has this ticket.")
+        self.claimed.add(ticket)
+
+    def disclaim(self, ticket: int) -> None:
+        self.claimed.discard(ticket)
 
     def close(self) -> None:
         if self.expiry is not None:
@@ -66,12 +79,15 @@ class Peers:
     def release(self, peer: Peer) -> None:
         """With its last user a dead peer is unmapped at once, so that nothing holds its memory; others later."""
         peer.users -= 1
-        if peer.users > 0:
-            return
-        if peer.is_alive:
-            peer.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._drop, peer)
-        else:
+        if peer.users == 0:
+            self._look(peer, self._idle_s)
+
+    def _look(self, peer: Peer, left_s: float) -> None:
+        if left_s <= 0 or not peer.is_alive:
             self._drop(peer)
+        else:
+            pause_s = min(left_s, LOOK_S)
+            peer.expiry = asyncio.get_running_loop().call_later(pause_s, self._look, peer, left_s - pause_s)
 
     def _drop(self, peer: Peer) -> None:
         del self._peers[peer.key]

@@ -9,11 +9,14 @@ from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from kvtransfer.connection import MeasuredConnection
-from kvtransfer.interface import Offer, Region
-from kvtransfer.metrics import TransferMetrics
+from kvtransfer.interface import Offer
+from kvtransfer.port import Place
 from kvtransfer.runs import run_blocks_max, runs_of
-from kvtransfer.tcp.link import LOST, Link
+from kvtransfer.tcp.answers import LOST
+from kvtransfer.tcp.link import Link
+from kvtransfer.tcp.proof import ticket_key
 from kvtransfer.tcp.wire import TRANSPORT, Address, Header, Kind, layout_digest
+from kvtransfer.tls import TlsContexts
 
 CONNECT_TIMEOUT_S = 5.0
 STALL_TIMEOUT_S = 30.0
@@ -21,6 +24,8 @@ IDLE_S = 30.0
 """How long a link is kept for the next ticket; less than a receiver keeps it."""
 IDLE_LINKS_MAX = 8
 """Kept for each receiver."""
+_TLS_ONLY_THERE = "The receiver takes KV blocks by TLS alone, which is not set up here (transport_tls_certificate)."
+_TLS_ONLY_HERE = "The receiver does no TLS, without which no KV block leaves here (transport_tls_certificate)."
 
 
 class TcpSender:
@@ -30,39 +35,44 @@ class TcpSender:
 
     def __init__(
         self,
-        region: Region,
-        metrics: TransferMetrics,
+        place: Place,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         idle_s: float = IDLE_S,
     ) -> None:
-        self.region, self.metrics = region, metrics
+        self.region, self.metrics = place.region, place.metrics
+        self._secret = place.secret
+        self._tls = None if place.tls is None else TlsContexts(place.tls, is_server=False)
         self._connect_timeout_s, self._stall_timeout_s, self._idle_s = connect_timeout_s, stall_timeout_s, idle_s
         self._idle: dict[tuple[str, int], list[_IdleLink]] = {}
         self.connections: set[TcpConnection] = set()
 
     async def connect(self, offer: Offer, layout: KVLayout) -> "TcpConnection":
         address = Address.unpack(offer.descriptor)
-        hello = address.secret + layout_digest(layout)
+        if address.is_tls != (self._tls is not None):
+            raise TransferError(_TLS_ONLY_THERE if address.is_tls else _TLS_ONLY_HERE)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                link = await self._greet(address, hello)
+                link = await self._greet(address, layout_digest(layout))
         except TimeoutError:
             raise TransferError(
                 f"The receiver at {address.host}:{address.port} did not answer within {self._connect_timeout_s:g} s."
             ) from None
         return TcpConnection(self, link, address, layout)
 
-    async def _greet(self, address: Address, hello: bytes) -> Link:
+    async def _greet(self, address: Address, digest: bytes) -> Link:
         """A link on which the receiver has taken the ticket."""
+        key = ticket_key(self._secret, address.secret)
         while (link := self._take_idle(address)) is not None:
             try:
-                return await _greeted(link, address, hello)
+                return await _greeted(link, address.ticket, key, digest)
             except TransferError:
                 if link.failure != LOST:
                     raise
                 # The receiver had dropped it meanwhile; the next one, or a new one, will do.
-        return await _greeted(await Link.dial(address.host, address.port, self._stall_timeout_s), address, hello)
+        tls = None if self._tls is None else self._tls.current()
+        link = await Link.dial(address.host, address.port, self._stall_timeout_s, tls)
+        return await _greeted(link, address.ticket, key, digest)
 
     def _take_idle(self, address: Address) -> Link | None:
         key = (address.host, address.port)
@@ -108,9 +118,9 @@ class _IdleLink:
     expiry: asyncio.TimerHandle
 
 
-async def _greeted(link: Link, address: Address, hello: bytes) -> Link:
+async def _greeted(link: Link, ticket: int, key: bytes, digest: bytes) -> Link:
     try:
-        await link.ask(Kind.HELLO, address.ticket, hello)
+        await link.greet(ticket, key, digest)
     except BaseException:
         link.close(clean=False)
         raise
@@ -143,7 +153,7 @@ class TcpConnection(MeasuredConnection):
         return [self._source.readable(layer, kv, run.source, run.blocks) for kv in (0, 1) for run in runs]
 
     async def _fence(self) -> None:
-        await self._link.ask(Kind.FENCE, self._address.ticket)
+        await self._link.fence(self._address.ticket)
         self._is_settled = True
 
     def _interrupt(self) -> None:

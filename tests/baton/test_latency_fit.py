@@ -311,3 +311,50 @@ def test_small_transfers_after_large_ones_do_not_spoil_what_is_known_of_the_band
         fit.observe_transfer(size, link.time_s(size) * randomness.lognormvariate(0, 0.05))
     assert fit.latency.transfer.time_s(100_000_000) == pytest.approx(link.time_s(100_000_000), rel=0.3)
     assert fit.latency.transfer.time_s(20_000) == pytest.approx(link.time_s(20_000), rel=0.3)
+
+
+# ---- what links' self-tests tell
+
+LINKS = [TransferCost(1e-5, 4e10), TransferCost(3e-5, 8e9), TransferCost(5e-4, 1.2e8), TransferCost(0.02, 5e6)]
+
+
+def after_links(cost: TransferCost, random: Random, links: int) -> LatencyFit:
+    """By a small and a large transfer of each link, as kvtransfer/link/probe.py makes them."""
+    fit = LatencyFit()
+    for _ in range(links):
+        for size_bytes in (128 * 1024, max(2**20, int(cost.bytes_per_s * 0.05))):
+            fit.observe_link_test(size_bytes, cost.time_s(size_bytes) * exp(random.gauss(0, NOISE)))
+    return fit
+
+
+@pytest.mark.parametrize("cost", LINKS)
+@pytest.mark.parametrize("links", [1, 2, 5])
+def test_the_first_links_are_enough_however_far_off_the_assumption_was(cost: TransferCost, links: int) -> None:
+    for seed in SEEDS:
+        found = after_links(cost, Random(seed), links).latency.transfer
+        for size_bytes in (128 * 1024, 10**7, 10**9):
+            assert found.time_s(size_bytes) == pytest.approx(cost.time_s(size_bytes), rel=5 * NOISE)
+
+
+def test_after_a_real_transfer_tests_are_observations_among_others() -> None:
+    fit = after_links(LINKS[1], Random(1), 1)
+    for _ in range(40):
+        fit.observe_transfer(10**7, LINKS[2].time_s(10**7))
+    before = fit.latency.transfer.time_s(10**7)
+    fit.observe_link_test(10**7, LINKS[1].time_s(10**7))
+    assert fit.latency.transfer.time_s(10**7) == pytest.approx(before, rel=0.2)
+
+
+def test_a_test_that_says_nothing_changes_nothing() -> None:
+    fit = LatencyFit()
+    fit.observe_link_test(1000, 0.0)
+    assert fit.latency == LatencyFit().latency
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(1e-7, 10)), min_size=1, max_size=40))
+def test_whatever_tests_say_the_model_stays_one(tests: list[tuple[int, float]]) -> None:
+    fit = LatencyFit()
+    for size_bytes, seconds in tests:
+        fit.observe_link_test(size_bytes, seconds)
+    transfer = fit.latency.transfer
+    assert transfer.latency_s >= 0 and 0 < transfer.bytes_per_s <= 1e14 * 1.01

@@ -4,7 +4,7 @@ gRPC, real transports, a real Redis. `RouterStream` speaks to the decode worker 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ BASE: dict[str, Any] = {
     "chunk_tokens": 32,
     "drain_timeout_s": 20,
     "self_test": False,
+    "transports": ("shm", "tcp"),
 }
 
 
@@ -124,6 +125,13 @@ class Pair:
             while (load := worker.info.load).kv_blocks_used or load.running_sequences or load.waiting_sequences:
                 assert asyncio.get_running_loop().time() < deadline_s, f"{worker.info.role}: {load}"
                 await asyncio.sleep(0.01)
+
+
+async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline_s = asyncio.get_running_loop().time() + within_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline_s
+        await asyncio.sleep(0.005)
 
 
 @contextlib.asynccontextmanager

@@ -307,8 +307,8 @@ def test_a_call_that_ends_while_the_prefill_worker_lets_go_leaks_nothing(cancels
     """The decode worker hangs up as soon as it has its commit; letting go may take longer than that."""
 
     async def test(pair: Pair) -> None:
-        sender = pair.prefill._sender
-        connect = sender.connect
+        book = pair.prefill._host.link_book
+        connect = book.connect
 
         async def connect_slowly_closing(*arguments: Any) -> Any:
             connection = await connect(*arguments)
@@ -318,10 +318,10 @@ def test_a_call_that_ends_while_the_prefill_worker_lets_go_leaks_nothing(cancels
                 await asyncio.sleep(0.2)
                 await close()
 
-            connection.close = close_slowly
+            connection.close = close_slowly  # type: ignore[method-assign]
             return connection
 
-        sender.connect = connect_slowly_closing  # type: ignore[method-assign]
+        book.connect = connect_slowly_closing  # type: ignore[method-assign]
         request_id = await pair.stream.submit(random_prompt(400), GREEDY, [pair.prefill.address])
         if cancels:
             await asyncio.sleep(0.02)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 import pytest
 from redis.asyncio import Redis
@@ -18,10 +19,11 @@ from baton.cluster.membership import MembershipWatch
 from baton.cluster.redis_client import connect_redis
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.cluster.worker_info import WorkerInfo
+from baton.errors import SettingsError
 from baton.ids import BlockHash, RequestId
 from baton.latency import DEFAULT_LATENCY
 from baton.latency_fit import LatencyFit
-from baton.rpc import worker_pb2, worker_pb2_grpc
+from baton.rpc import transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
 from engine.arrival_rate import MEMORY_S
@@ -30,6 +32,7 @@ from engine.host import WorkerHost
 from engine.interface import EngineRequest, Prefill, StepResult
 from engine.worker_servicer import WorkerServicer
 from kvcache.block_hash import BlockHasher, root_hash
+from kvtransfer.link.proof import UNKNOWN_LINK
 
 WAIT_S = 20
 BLOCK_TOKENS = 8
@@ -336,3 +339,72 @@ def test_a_worker_whose_self_test_fails_serves_with_the_default(
     with caplog.at_level(logging.WARNING):
         serving(test, self_test=True)
     assert any("self-test failed" in record.message for record in caplog.records)
+
+
+# ---- KV to and from others
+
+
+def test_whatever_its_role_it_can_be_linked_with_both_ways(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        host = worker.host
+        link = await host.links.to(host.address)
+        assert (link.worker_id, link.transport) == (host.worker_id, "shm")
+        ticket = transfer_pb2.FetchTicket(request_id="r")
+        link.sign(ticket)
+        assert host.link_book.check(ticket).layout == host.model.layout
+        assert host.info.latency.transfer != LatencyFit().latency.transfer
+        assert ratios(worker, "transfer") == 0, "nobody relied on predictions yet"
+        assert (await worker.generate([random_prompt(100)]))[0]
+
+    serving(test, transports=("shm", "tcp"), cluster_secret="correct horse battery staple")
+
+
+def test_a_fetch_without_a_link_is_refused(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        call = transfer_pb2_grpc.TransferStub(await worker.host.channels.to(worker.host.address)).Fetch()
+        await call.write(transfer_pb2.FetchRequest(ticket=transfer_pb2.FetchTicket(request_id="r")))
+        assert (await call.code(), await call.details()) == (grpc.StatusCode.UNAVAILABLE, UNKNOWN_LINK)
+
+    serving(test)
+
+
+def test_links_are_tested_with_random_bytes_outside_the_pool(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        region, layout = worker.host.engine.region, worker.host.model.layout
+        assert layout.pool_blocks == worker.host.info.kv_blocks_total == worker.host.status().kv_blocks_total == 96
+        source = bytes(region.readable(layout.layers - 1, 1, layout.probe_source, 1))
+        assert len(set(source)) > 64 and source != bytes(region.readable(0, 0, layout.probe_source, 1))
+
+    serving(test)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"cluster_secret": "short"}, "at least 16"),
+        ({"cluster_secret_file": "/nowhere/secret"}, "cannot be read"),
+        (
+            {f"transport_tls_{name}": f"/nowhere/{name}" for name in ("certificate", "key", "authority")},
+            "/nowhere/certificate cannot be read",
+        ),
+    ],
+)
+def test_a_secret_or_certificate_that_cannot_be_used_stops_the_start(
+    llama: Path, redis_server: EmbeddedRedis, key_prefix: str, settings: dict[str, Any], sentence: str
+) -> None:
+    async def main() -> None:
+        host = WorkerHost("decode", settings_of(llama, redis_server, key_prefix, **settings), lambda _: None)
+        with pytest.raises(SettingsError, match=sentence):
+            await host.load()
+        await host.stop()
+
+    asyncio.run(main())
+
+
+def test_without_a_secret_it_warns_once(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(worker: Worker) -> None:
+        assert worker.host.ports.transports
+
+    with caplog.at_level(logging.WARNING):
+        serving(test)
+    assert sum("no cluster secret" in record.message for record in caplog.records) == 1

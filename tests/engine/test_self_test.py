@@ -15,7 +15,7 @@ from baton.cluster.cache_events import CacheChanges
 from baton.ids import BlockId, RequestId
 from baton.latency import DEFAULT_LATENCY, DecodeCost, PrefillCost, StepWork
 from baton.latency_fit import LatencyFit
-from baton.layout import KVLayout
+from baton.layout import PROBE_BLOCKS, KVLayout
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
 from engine.batch import Row
@@ -39,16 +39,17 @@ def work_of_shape(shape: StepShape) -> StepWork:
 
 @given(st.data())
 def test_every_step_fits_into_the_pool_the_context_and_the_batch(data: st.DataObject) -> None:
-    layout = replace(LAYOUT, blocks=data.draw(st.integers(1, 600)), block_tokens=data.draw(st.integers(1, 64)))
-    assume(layout.blocks * layout.block_tokens >= 2)
-    context_length = data.draw(st.integers(2, layout.blocks * layout.block_tokens))
+    pool, block_tokens = data.draw(st.integers(1, 600)), data.draw(st.integers(1, 64))
+    layout = replace(LAYOUT, blocks=pool + PROBE_BLOCKS, block_tokens=block_tokens)
+    assume(pool * block_tokens >= 2)
+    context_length = data.draw(st.integers(2, pool * block_tokens))
     chunk_tokens, sequences_max = data.draw(st.integers(1, 4096)), data.draw(st.integers(1, 512))
     shapes = step_shapes(layout, context_length, chunk_tokens, sequences_max)
     for shape in shapes:
         length = shape.context + shape.new
         assert shape.context >= 0
         assert length <= context_length
-        assert shape.sequences * layout.blocks_for(length) <= layout.blocks
+        assert shape.sequences * layout.blocks_for(length) <= pool
         assert 1 <= shape.sequences <= sequences_max
         assert shape.new <= max(2, chunk_tokens)
     assert {shape.new > 1 for shape in shapes} == {False, True}, "both kinds"

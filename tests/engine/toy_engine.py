@@ -12,10 +12,11 @@ from engine_driver import EngineDriver
 
 from baton.clock import Clock, monotonic
 from baton.ids import BlockId, RequestId
-from baton.layout import KVLayout
+from baton.layout import PROBE_BLOCKS, KVLayout
 from baton.sampling import PositionLogprobs, SamplingParams, TokenLogprob
 from engine.batch import Draw, Drawn, Row
 from engine.core import LocalEngine
+from engine.digests import Digester, RegionDigester
 from engine.interface import LayerListener, ModelInfo
 from engine.scheduler import Limits
 
@@ -73,6 +74,9 @@ class ToyRegion:
     def copy_blocks(self, source: "ToyRegion", pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
         for here, there in pairs:
             self.entries[here] = list(source.entries[there])
+
+    def digests(self, blocks: Sequence[BlockId]) -> list[int]:
+        return [int.from_bytes(entry_of(b"".join(self.entries[block]), 0, 0), "little") for block in blocks]
 
     def close(self) -> None:
         self.is_closed = True
@@ -140,7 +144,7 @@ def toy_sample(logits: ToyLogits, draws: Sequence[Draw]) -> list[Drawn]:
 
 @dataclass
 class ToyEngine(EngineDriver):
-    """A LocalEngine over the toy model, with what tests want to see of it."""
+    """A LocalEngine over the toy model, with what tests want to see of it. `blocks` are the pool's."""
 
     blocks: int = 16
     block_tokens: int = 4
@@ -148,9 +152,12 @@ class ToyEngine(EngineDriver):
     context_length: int | None = None
     listener: LayerListener | None = None
     clock: Clock = monotonic
+    makes_digests: bool = True
+    digester: Digester | None = None
+    """Instead of the region's own."""
 
     def __post_init__(self) -> None:
-        layout = KVLayout(2, self.blocks, self.block_tokens, 1, 1, "float32")
+        layout = KVLayout(2, self.blocks + PROBE_BLOCKS, self.block_tokens, 1, 1, "float32")
         pool_tokens = self.blocks * self.block_tokens
         self.region = ToyRegion(layout)
         self.runner = ToyRunner(self.region)
@@ -171,6 +178,7 @@ class ToyEngine(EngineDriver):
             self.listener,
             seeds=lambda: 7,
             clock=self.clock,
+            digester=(self.digester or RegionDigester(self.region)) if self.makes_digests else None,  # type: ignore[arg-type]
         )
         EngineDriver.__init__(self, engine)
 

@@ -1,6 +1,7 @@
 """The shm transport: what is mapped and for how long, and where a copy stops."""
 
 import asyncio
+import fcntl
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -17,13 +18,16 @@ from baton.ids import RequestId
 from kvtransfer.interface import Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
+from kvtransfer.shm import fence
 from kvtransfer.shm.receiver import ShmReceiver
 from kvtransfer.shm.sender import ShmSender
 from kvtransfer.shm.table import Invitation
 
 
 class WatchedRegion(HostRegion):
-    """Calls `on_read` before each copy out of it, in the copy's thread."""
+    """Calls `on_read` before each copy out of it, in the copy's thread: so it is no host memory to who reads it."""
+
+    is_host = False
 
     on_read: Callable[[], object] = staticmethod(lambda: None)
 
@@ -184,6 +188,160 @@ def test_a_write_ends_when_its_copy_under_way_has_ended(how: str) -> None:
                 await writing
             assert not slices(target_of(receiver))[0, :, 3].any()
             await (closing or connection.close())
+
+    run(scenario())
+
+
+# ---- fencing
+
+
+class Halted:
+    """A write of blocks 1 and 3 in layer 0, in the middle of its first copy until `go_on` is set."""
+
+    def __init__(self, receiver: ShmReceiver, sender: ShmSender) -> None:
+        self.receiver, self.sender = receiver, sender
+        self.go_on = threading.Event()
+
+    async def begin(self) -> None:
+        self.connection = await self.sender.connect(offer_of(self.receiver, REQUEST, 1, 3), TARGET_LAYOUT)
+        reading, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def block() -> None:
+            loop.call_soon_threadsafe(reading.set)
+            assert self.go_on.wait(30)
+
+        self.connection._source.on_read = block  # type: ignore[attr-defined]
+        self.writing = asyncio.ensure_future(self.connection.write(0, ids(1, 3), ids(1, 3)))
+        await reading.wait()
+
+    async def end(self) -> None:
+        self.go_on.set()
+        with pytest.raises(TransferError, match="closed the ticket"):
+            await self.writing
+
+
+async def is_settled(receiver: ShmReceiver, request_id: RequestId = REQUEST) -> bool:
+    """Now, and not when a copy has ended meanwhile."""
+    settling = asyncio.ensure_future(receiver.settle(request_id))
+    await turns(3)
+    is_done = settling.done()
+    settling.cancel()
+    await asyncio.wait((settling,))
+    return is_done
+
+
+def test_where_nothing_is_under_way_a_ticket_is_settled_at_once() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            connection = await sender.connect(offer_of(receiver, REQUEST, 1, 3), TARGET_LAYOUT)
+            await connection.write(0, ids(1), ids(1))
+            receiver.close_ticket(REQUEST)
+            assert await is_settled(receiver)
+            assert await is_settled(receiver, RequestId("never heard of"))
+            assert not receiver._unsettled
+
+    run(scenario())
+
+
+def test_a_copy_under_way_keeps_its_ticket_unsettled_and_nobody_elses() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            halted = Halted(receiver, sender)
+            await halted.begin()
+            offer_of(receiver, "req-2", 5)
+            receiver.close_ticket(REQUEST)
+            receiver.close_ticket(RequestId("req-2"))
+            assert not await is_settled(receiver)
+            assert not await is_settled(receiver)
+            assert await is_settled(receiver, RequestId("req-2"))
+            await halted.end()
+            await receiver.settle(REQUEST)
+            assert not slices(target_of(receiver))[0, :, 3].any()
+            assert not receiver._unsettled
+
+    run(scenario())
+
+
+def test_all_tickets_that_a_request_had_must_settle() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            halted = Halted(receiver, sender)
+            await halted.begin()
+            offer_of(receiver, REQUEST, 5)  # of the next attempt
+            receiver.close_ticket(REQUEST)
+            assert not await is_settled(receiver)
+            await halted.end()
+            await receiver.settle(REQUEST)
+
+    run(scenario())
+
+
+def test_a_late_writer_in_a_slot_used_again_hinders_nobody() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            receiver._free_slots = [7]
+            halted = Halted(receiver, sender)
+            await halted.begin()
+            receiver.close_ticket(REQUEST)
+            offer = offer_of(receiver, "req-2", 5)
+            connection = await sender.connect(offer, TARGET_LAYOUT)
+            await connection.fence()
+            receiver.close_ticket(RequestId("req-2"))
+            assert await is_settled(receiver, RequestId("req-2"))
+            assert not await is_settled(receiver)
+            await halted.end()
+
+    run(scenario())
+
+
+def test_a_receiver_that_closes_waits_for_nobody() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            halted = Halted(receiver, sender)
+            await halted.begin()
+            receiver.close_ticket(REQUEST)
+            settling = asyncio.ensure_future(receiver.settle(REQUEST))
+            await turns(1)
+            await receiver.close()
+            await settling
+            halted.go_on.set()
+            with pytest.raises(TransferError):
+                await halted.writing
+
+    run(scenario())
+
+
+def test_a_ticket_is_one_connections() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            offer = offer_of(receiver)
+            first = await sender.connect(offer, TARGET_LAYOUT)
+            with pytest.raises(TransferError, match="Another connection has this ticket"):
+                await sender.connect(offer, TARGET_LAYOUT)
+            await first.close()
+            await sender.connect(offer, TARGET_LAYOUT)
+
+    run(scenario())
+
+
+def test_a_ticket_being_settled_is_not_entered() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            connection = await sender.connect(offer_of(receiver), TARGET_LAYOUT)
+            assert receiver._table is not None
+            fence._lock(receiver._table.share().fd, fcntl.F_WRLCK, connection._invitation.ticket)
+            with pytest.raises(TransferError, match="closed the ticket"):
+                await connection.write(0, ids(1), ids(1))
+            assert not slices(target_of(receiver)).any()
+
+    run(scenario())
+
+
+def test_blocks_that_the_region_does_not_have_are_refused() -> None:
+    async def scenario() -> None:
+        async with ends() as (receiver, sender):
+            with pytest.raises(TransferError, match="does not have"):
+                await sender.connect(offer_of(receiver, REQUEST, TARGET_LAYOUT.blocks), TARGET_LAYOUT)
 
     run(scenario())
 

@@ -1,134 +1,81 @@
 """The tcp transport over real sockets: bad peers on either side, and what a link is used for."""
 
 import asyncio
+import errno
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
-from transfer_rig import REQUEST, SOURCE_LAYOUT, ids, open_fds, slices
+from tcp_rig import (
+    IMPOSTORS_TICKET,
+    LARGE,
+    LAYOUT,
+    LOOPS,
+    SECRET,
+    Run,
+    check_serves,
+    greet_by_hand,
+    impostor,
+    raw,
+    read_challenge,
+    read_to_the_end,
+    receiving,
+    region_of,
+    runner,
+    sending,
+    unused_port,
+    welcome,
+)
+from transfer_rig import REQUEST, ids, open_fds, slices
 
 from baton.errors import TransferError
 from baton.ids import RequestId
-from baton.layout import KVLayout
 from kvtransfer.interface import Offer
-from kvtransfer.metrics import TransferMetrics
-from kvtransfer.region import HostRegion
+from kvtransfer.tcp import listener as listener_module
 from kvtransfer.tcp import receiver as receiver_module
 from kvtransfer.tcp import sender as sender_module
-from kvtransfer.tcp.inlet import PATIENCE, Patience
+from kvtransfer.tcp.inflow import SocketInflow
+from kvtransfer.tcp.inlet import Patience
+from kvtransfer.tcp.listener import Listener
 from kvtransfer.tcp.receiver import TcpReceiver
-from kvtransfer.tcp.sender import TcpSender
-from kvtransfer.tcp.wire import HELLO_BYTES, Address, Header, Kind, layout_digest
+from kvtransfer.tcp.wire import Address, Fault, Header, Kind
 
-LAYOUT = SOURCE_LAYOUT
-LARGE = KVLayout(layers=1, blocks=64, block_tokens=64, kv_heads=8, head_dim=128, dtype="float32")
 SHORT = Patience(hello_s=0.05, stall_s=0.05, idle_s=0.05, linger_s=0.05)
 
 
-def run(scenario: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scenario, 60))
-
-
-@asynccontextmanager
-async def receiving(patience: Patience = PATIENCE) -> AsyncIterator[TcpReceiver]:
-    region = HostRegion.allocate(LAYOUT)
-    receiver = TcpReceiver(region, "127.0.0.1", 0, "127.0.0.1", TransferMetrics(CollectorRegistry()), patience)
-    await receiver.start()
-    try:
-        yield receiver
-    finally:
-        await receiver.close()
-        region.close()
-
-
-@asynccontextmanager
-async def sending(layout: KVLayout = LAYOUT, **timeouts: float) -> AsyncIterator[TcpSender]:
-    region = HostRegion.allocate(layout)
-    sender = TcpSender(region, TransferMetrics(CollectorRegistry()), **timeouts)
-    try:
-        yield sender
-    finally:
-        await sender.close()
-        region.close()
-
-
-@asynccontextmanager
-async def raw(receiver: TcpReceiver) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", receiver.port)
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
-
-
-async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
-    """Until the receiver hangs up, in whichever way."""
-    data = b""
-    try:
-        while chunk := await reader.read(4096):
-            data += chunk
-    except ConnectionError:
-        pass
-    return data
-
-
-def region_of(receiver: TcpReceiver) -> HostRegion:
-    assert isinstance(receiver._region, HostRegion)
-    return receiver._region
-
-
-async def check_serves(receiver: TcpReceiver, sender: TcpSender) -> None:
-    (offer,) = receiver.open(RequestId("good"), ids(1))
-    connection = await sender.connect(offer, LAYOUT)
-    await connection.write(0, ids(1), ids(1))
-    await connection.fence()
-    await connection.close()
+@pytest.fixture(params=LOOPS)
+def run(request: pytest.FixtureRequest) -> Run:
+    return runner(request.param)
 
 
 # ---- bad senders
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.binary(min_size=1, max_size=2000))
-def test_garbage_costs_only_its_connection(data: bytes) -> None:
-    async def scenario() -> None:
-        async with receiving(SHORT) as receiver, raw(receiver) as (reader, writer):
-            writer.write(data)
-            await read_to_the_end(reader)
-            async with sending() as sender:
-                await check_serves(receiver, sender)
-
-    run(scenario())
-
-
-def test_a_stranger_is_told_why_and_cut() -> None:
+def test_a_stranger_is_told_why_and_cut(run: Run) -> None:
     async def scenario() -> None:
         async with receiving() as receiver, raw(receiver) as (reader, writer):
             writer.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
             writer.write_eof()
-            answer = Header.unpack(await read_to_the_end(reader))
-            assert answer is not None
-            assert answer.kind == Kind.ERROR
+            await read_challenge(reader)
+            assert await read_to_the_end(reader) == Header(Kind.ERROR, 0, count=Fault.MALFORMED).pack()
 
     run(scenario())
 
 
-def test_a_silent_stranger_is_cut() -> None:
+def test_a_silent_stranger_is_cut(run: Run) -> None:
     async def scenario() -> None:
         async with receiving(SHORT) as receiver, raw(receiver) as (reader, _):
+            await read_challenge(reader)
             assert await read_to_the_end(reader) == b""
             assert not receiver._inflows
 
     run(scenario())
 
 
-def test_strangers_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_are_only_so_many(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver_module, "UNAUTHENTICATED_MAX", 2)
 
     async def scenario() -> None:
@@ -144,14 +91,12 @@ def test_strangers_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     run(scenario())
 
 
-def test_half_a_frame_and_gone() -> None:
+def test_half_a_frame_and_gone(run: Run) -> None:
     async def scenario() -> None:
         async with receiving() as receiver, sending() as sender:
             (offer,) = receiver.open(REQUEST, ids(3, 4))
-            address = Address.unpack(offer.descriptor)
             async with raw(receiver) as (reader, writer):
-                writer.write(Header(Kind.HELLO, address.ticket).pack() + address.secret + layout_digest(LAYOUT))
-                assert Header.unpack(await reader.readexactly(Header.FORMAT.size)) == Header(Kind.ACK, address.ticket)
+                address = await greet_by_hand(offer, reader, writer)
                 (inflow,) = receiver._inflows
                 writer.write(Header(Kind.SLICES, address.ticket, 0, 2).pack() + bytes([0, 0, 0, 3, 0, 0, 0, 4]))
                 writer.write(b"\xaa" * 700)
@@ -165,7 +110,7 @@ def test_half_a_frame_and_gone() -> None:
     run(scenario())
 
 
-def test_a_sender_that_stalls_within_a_frame_is_cut() -> None:
+def test_a_sender_that_stalls_within_a_frame_is_cut(run: Run) -> None:
     async def scenario() -> None:
         async with receiving(SHORT) as receiver, sending() as sender:
             (offer,) = receiver.open(REQUEST, ids(3))
@@ -179,62 +124,178 @@ def test_a_sender_that_stalls_within_a_frame_is_cut() -> None:
     run(scenario())
 
 
-class Tap:
-    """A transport that shows only whether it reads."""
-
-    reads = True
-
-    def pause_reading(self) -> None:
-        self.reads = False
-
-    def resume_reading(self) -> None:
-        self.reads = True
-
-
-def test_nothing_is_taken_from_who_does_not_read_its_answers() -> None:
+def test_nothing_is_taken_from_who_does_not_read_its_answers(run: Run) -> None:
     async def scenario() -> None:
-        async with receiving() as receiver:
-            inflow, tap = receiver_module._Inflow(receiver), Tap()
-            inflow._transport = tap  # type: ignore[assignment]
-            inflow.pause_writing()
-            assert not tap.reads
-            inflow.resume_writing()
-            assert tap.reads
+        async with receiving() as receiver, raw(receiver) as (reader, writer):
+            (offer,) = receiver.open(REQUEST, ids(1))
+            address = await greet_by_hand(offer, reader, writer)
+            (inflow,) = receiver._inflows
+            assert isinstance(inflow, SocketInflow)
+            cast(asyncio.Transport, writer.transport).pause_reading()
+            inflow._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            fences = 2**15
+            writer.write(b"".join(Header(Kind.FENCE, address.ticket, count=i).pack() for i in range(fences)))
+            while not inflow._unsent:  # noqa: ASYNC110  (there is no event)
+                await asyncio.sleep(0)
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            assert 0 < len(inflow._unsent) <= Header.FORMAT.size
+            cast(asyncio.Transport, writer.transport).resume_reading()
+            answers = await reader.readexactly(fences * Header.FORMAT.size)
+            assert answers[-Header.FORMAT.size :] == Header(Kind.ACK, address.ticket, count=fences - 1).pack()
 
     run(scenario())
 
 
-# ---- bad receivers
+def test_a_closed_ticket_stops_what_is_half_received(run: Run) -> None:
+    async def scenario() -> None:
+        async with receiving() as receiver, raw(receiver) as (reader, writer):
+            (offer,) = receiver.open(REQUEST, ids(3, 4))
+            address = await greet_by_hand(offer, reader, writer)
+            head = Header(Kind.SLICES, address.ticket, 0, 2).pack() + bytes([0, 0, 0, 3, 0, 0, 0, 4])
+            writer.write(head + b"\xaa" * 700)
+            while not slices(region_of(receiver))[0, 1, 3, 700 - 2 * LAYOUT.slice_bytes - 1]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            receiver.close_ticket(REQUEST)
+            await receiver.settle(REQUEST)
+            settled = bytes(region_of(receiver).memory)
+            writer.write(b"\xbb" * (4 * LAYOUT.slice_bytes - 700))
+            answer = Header.unpack(await reader.readexactly(Header.FORMAT.size))
+            assert answer == Header(Kind.ERROR, address.ticket, count=Fault.TICKET_CLOSED)
+            assert bytes(region_of(receiver).memory) == settled
+
+    run(scenario())
 
 
-Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter, asyncio.Event], Awaitable[None]]
-"""What an impostor does with a connection; the event is set when the test is over."""
+def test_only_the_given_address_listens(run: Run) -> None:
+    async def scenario() -> None:
+        async with receiving() as receiver:
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.2", receiver.port)
+
+    run(scenario())
+
+
+def test_a_port_that_is_taken_is_told(run: Run) -> None:
+    async def scenario() -> None:
+        async with receiving() as receiver:
+            other = TcpReceiver(replace(receiver._place, port=receiver.port))
+            with pytest.raises(TransferError, match="Address already in use"):
+                await other.start()
+
+    run(scenario())
+
+
+def test_descriptors_that_ran_out_cost_a_pause_and_no_listener(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "PAUSE_S", 0.01)
+
+    class Exhausted(socket.socket):
+        """A listening socket to which the system refuses a descriptor, twice."""
+
+        refusals = 2
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            if self.refusals > 0:
+                self.refusals -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    async def scenario() -> None:
+        accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
+        listening = Exhausted()
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+        listener = Listener(listening, accepted.put_nowait)
+        _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        (await accepted.get()).close()
+        assert listening.refusals == 0
+        writer.close()
+        listener.close()
+        listener.close()
+
+    run(scenario())
+
+
+# ---- proofs
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine"), [(SECRET, b"another cluster's"), (SECRET, None), (None, SECRET)], ids=["other", "none", "any"]
+)
+def test_who_has_another_cluster_secret_writes_nothing(run: Run, theirs: bytes | None, mine: bytes | None) -> None:
+    async def scenario() -> None:
+        async with receiving(secret=theirs) as receiver, sending(secret=mine) as sender:
+            (offer,) = receiver.open(REQUEST, ids(1))
+            with pytest.raises(TransferError, match="another cluster secret"):
+                await sender.connect(offer, LAYOUT)
+
+    run(scenario())
+
+
+def test_without_a_cluster_secret_the_ticket_is_enough(run: Run) -> None:
+    async def scenario() -> None:
+        async with receiving(secret=None) as receiver, sending(secret=None) as sender:
+            await check_serves(receiver, sender)
+
+    run(scenario())
+
+
+def test_what_was_overheard_is_good_for_nothing(run: Run) -> None:
+    """A relay hears a whole connection: no secret is in it, and what it repeats is refused."""
+
+    async def scenario() -> None:
+        async with receiving(Patience(linger_s=0.05)) as receiver, sending() as sender:
+            (offer,) = receiver.open(REQUEST, ids(1))
+            address = Address.unpack(offer.descriptor)
+            async with relay(receiver.port) as (port, heard):
+                through = replace(address, port=port).pack()
+                connection = await sender.connect(Offer("tcp", through), LAYOUT)
+                await connection.write(0, ids(1), ids(1))
+                await connection.fence()
+                await connection.close()
+                await sender.close()
+            assert len(heard) > 2 * LAYOUT.slice_bytes
+            assert address.secret not in heard
+            assert SECRET not in heard
+            async with raw(receiver) as (reader, writer):
+                await read_challenge(reader)
+                writer.write(heard)
+                assert await read_to_the_end(reader) == Header(Kind.ERROR, 0, count=Fault.UNAUTHORIZED).pack()
+
+    run(scenario())
 
 
 @asynccontextmanager
-async def impostor(behave: Behaviour) -> AsyncIterator[Offer]:
-    """A listener that is no receiver, and an offer that leads there."""
-    over = asyncio.Event()
-    tasks: list[asyncio.Future[None]] = []
+async def relay(port: int) -> AsyncIterator[tuple[int, bytearray]]:
+    """Passes one connection on to the port; yields its own, and what went to the receiver."""
+    heard, ended = bytearray(), asyncio.Event()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, record: bytearray) -> None:
+        try:
+            while data := await reader.read(65536):
+                record += data
+                writer.write(data)
+        except ConnectionError:
+            pass
+        writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.append(task)
-        try:
-            await behave(reader, writer, over)
-        finally:
-            writer.transport.abort()
+        on = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, on[1], heard), pump(on[0], writer, bytearray()))
+        ended.set()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
     try:
-        yield Offer("tcp", Address("127.0.0.1", port, 1, bytes(16)).pack())
+        yield server.sockets[0].getsockname()[1], heard
+        await ended.wait()
     finally:
-        over.set()
         server.close()
-        await asyncio.gather(*tasks)
         await server.wait_closed()
+
+
+# ---- bad receivers
 
 
 async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, over: asyncio.Event) -> None:
@@ -249,19 +310,15 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ov
 async def stop_reading_after_hello(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, over: asyncio.Event
 ) -> None:
-    await reader.readexactly(Header.FORMAT.size + HELLO_BYTES)
-    transport = writer.transport
-    assert isinstance(transport, asyncio.ReadTransport)
-    transport.pause_reading()
-    writer.write(Header(Kind.ACK, 1, count=1).pack())
+    await welcome(reader, writer)
+    cast(asyncio.Transport, writer.transport).pause_reading()
     await over.wait()
 
 
-def test_nobody_listens() -> None:
+def test_nobody_listens(run: Run) -> None:
     async def scenario() -> None:
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            offer = Offer("tcp", Address("127.0.0.1", unused.getsockname()[1], 1, bytes(16)).pack())
+        with unused_port() as unused:
+            offer = Offer("tcp", Address("127.0.0.1", unused.getsockname()[1], 1, IMPOSTORS_TICKET).pack())
             async with sending() as sender:
                 with pytest.raises(TransferError, match="could not be reached: Connection refused"):
                     await sender.connect(offer, LAYOUT)
@@ -270,16 +327,16 @@ def test_nobody_listens() -> None:
 
 
 @pytest.mark.parametrize("host", ["a..b", "a\0b", "x" * 300])
-def test_a_host_that_is_none(host: str) -> None:
+def test_a_host_that_is_none(run: Run, host: str) -> None:
     async def scenario() -> None:
         async with sending() as sender:
             with pytest.raises(TransferError, match="could not be resolved"):
-                await sender.connect(Offer("tcp", Address(host, 1, 1, bytes(16)).pack()), LAYOUT)
+                await sender.connect(Offer("tcp", Address(host, 1, 1, IMPOSTORS_TICKET).pack()), LAYOUT)
 
     run(scenario())
 
 
-def test_a_receiver_that_never_answers() -> None:
+def test_a_receiver_that_never_answers(run: Run) -> None:
     async def scenario() -> None:
         async with impostor(say_nothing) as offer, sending(connect_timeout_s=0.05) as sender:
             with pytest.raises(TransferError, match=r"did not answer within 0\.05 s"):
@@ -289,7 +346,7 @@ def test_a_receiver_that_never_answers() -> None:
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", Header(Kind.ACK, 1, count=9).pack()])
-def test_a_receiver_that_answers_nonsense(answer: bytes) -> None:
+def test_a_receiver_that_answers_nonsense(run: Run, answer: bytes) -> None:
     async def behave(_: asyncio.StreamReader, writer: asyncio.StreamWriter, over: asyncio.Event) -> None:
         writer.write(answer)
         await over.wait()
@@ -302,7 +359,23 @@ def test_a_receiver_that_answers_nonsense(answer: bytes) -> None:
     run(scenario())
 
 
-def test_a_receiver_that_hangs_up() -> None:
+def test_a_receiver_without_the_cluster_secret_gets_nothing(run: Run) -> None:
+    """Though it knows the ticket, which it may have read on the way."""
+
+    async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, over: asyncio.Event) -> None:
+        await welcome(reader, writer, b"a guess")
+        assert not await read_to_the_end(reader)
+        await over.wait()
+
+    async def scenario() -> None:
+        async with impostor(behave) as offer, sending() as sender:
+            with pytest.raises(TransferError, match="did not prove that it belongs"):
+                await sender.connect(offer, LAYOUT)
+
+    run(scenario())
+
+
+def test_a_receiver_that_hangs_up(run: Run) -> None:
     async def scenario() -> None:
         async with impostor(hang_up) as offer, sending() as sender:
             with pytest.raises(TransferError, match="closed the connection"):
@@ -311,7 +384,7 @@ def test_a_receiver_that_hangs_up() -> None:
     run(scenario())
 
 
-def test_a_receiver_that_takes_nothing_more() -> None:
+def test_a_receiver_that_takes_nothing_more(run: Run) -> None:
     async def scenario() -> None:
         everything = ids(*range(LARGE.blocks))
         async with impostor(stop_reading_after_hello) as offer, sending(LARGE, stall_timeout_s=0.1) as sender:
@@ -322,7 +395,7 @@ def test_a_receiver_that_takes_nothing_more() -> None:
     run(scenario())
 
 
-def test_closing_ends_a_write_that_waits_for_the_receiver() -> None:
+def test_closing_ends_a_write_that_waits_for_the_receiver(run: Run) -> None:
     async def scenario() -> None:
         everything = ids(*range(LARGE.blocks))
         async with impostor(stop_reading_after_hello) as offer, sending(LARGE) as sender:
@@ -338,7 +411,7 @@ def test_closing_ends_a_write_that_waits_for_the_receiver() -> None:
     run(scenario())
 
 
-def test_a_receiver_that_never_acknowledges() -> None:
+def test_a_receiver_that_never_acknowledges(run: Run) -> None:
     async def scenario() -> None:
         async with impostor(stop_reading_after_hello) as offer, sending(stall_timeout_s=0.1) as sender:
             connection = await sender.connect(offer, LAYOUT)
@@ -352,7 +425,7 @@ def test_a_receiver_that_never_acknowledges() -> None:
 # ---- links
 
 
-def test_a_write_that_the_socket_takes_at_once_still_gives_the_loop_its_turn() -> None:
+def test_a_write_that_the_socket_takes_at_once_still_gives_the_loop_its_turn(run: Run) -> None:
     async def scenario() -> None:
         async with receiving() as receiver, sending() as sender:
             (offer,) = receiver.open(REQUEST, ids(1))
@@ -365,7 +438,7 @@ def test_a_write_that_the_socket_takes_at_once_still_gives_the_loop_its_turn() -
     run(scenario())
 
 
-def test_a_link_serves_one_ticket_after_the_other() -> None:
+def test_a_link_serves_one_ticket_after_the_other(run: Run) -> None:
     async def scenario() -> None:
         async with receiving() as receiver, sending() as sender:
             await check_serves(receiver, sender)
@@ -377,7 +450,7 @@ def test_a_link_serves_one_ticket_after_the_other() -> None:
     run(scenario())
 
 
-def test_a_link_with_something_unacknowledged_is_not_used_again() -> None:
+def test_a_link_with_something_unacknowledged_is_not_used_again(run: Run) -> None:
     async def scenario() -> None:
         async with receiving() as receiver, sending() as sender:
             (offer,) = receiver.open(REQUEST, ids(1))
@@ -391,7 +464,7 @@ def test_a_link_with_something_unacknowledged_is_not_used_again() -> None:
     run(scenario())
 
 
-def test_a_link_that_the_receiver_dropped_is_made_anew() -> None:
+def test_a_link_that_the_receiver_dropped_is_made_anew(run: Run) -> None:
     async def scenario() -> None:
         async with receiving() as receiver, sending() as sender:
             await check_serves(receiver, sender)
@@ -403,7 +476,7 @@ def test_a_link_that_the_receiver_dropped_is_made_anew() -> None:
     run(scenario())
 
 
-def test_a_refused_ticket_costs_no_more_than_its_own_link() -> None:
+def test_a_refused_ticket_costs_no_more_than_its_own_link(run: Run) -> None:
     async def scenario() -> None:
         async with receiving() as receiver, sending() as sender:
             good = [receiver.open(RequestId(f"req-{i}"), ids(i))[0] for i in range(3)]
@@ -417,7 +490,7 @@ def test_a_refused_ticket_costs_no_more_than_its_own_link() -> None:
     run(scenario())
 
 
-def test_idle_links_are_kept_only_so_long_and_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_links_are_kept_only_so_long_and_so_many(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender_module, "IDLE_LINKS_MAX", 2)
 
     async def scenario() -> None:

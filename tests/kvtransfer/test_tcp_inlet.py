@@ -17,11 +17,14 @@ from baton.ids import RequestId
 from baton.layout import KVLayout
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
-from kvtransfer.tcp.inlet import Inlet, Patience
-from kvtransfer.tcp.wire import Address, Fault, Header, Kind, layout_digest
+from kvtransfer.tcp.inlet import LAND_VIEWS_MAX, Inlet, Patience
+from kvtransfer.tcp.proof import Greeting, Role, ticket_key
+from kvtransfer.tcp.wire import Address, Fault, Header, Hello, Kind, layout_digest
 from kvtransfer.tickets import Ticket, TicketBook
 
 LAYOUT = SOURCE_LAYOUT
+CHALLENGE, NONCE = bytes(range(16)), bytes(range(16, 32))
+SECRET = b"the cluster's secret, which is long"
 OTHER_LAYOUT = KVLayout(layers=3, blocks=20, block_tokens=4, kv_heads=2, head_dim=8, dtype="float32")
 
 
@@ -31,6 +34,7 @@ class Bench:
     def __init__(self, kind: type[HostRegion] = HostRegion) -> None:
         self.region, self.tickets, self.clock = kind.allocate(LAYOUT), TicketBook(), ManualClock()
         self.answers: list[Header] = []
+        self.bodies: list[bytes] = []
         self.ticket = self.tickets.open(REQUEST, ids(3, 4, 5, 9))
         self.inlet = Inlet(
             self.region,
@@ -40,21 +44,29 @@ class Bench:
             TransferMetrics(CollectorRegistry()),
             self.clock,
             Patience(hello_s=5, stall_s=30, idle_s=60, linger_s=1),
+            CHALLENGE,
+            SECRET,
         )
 
     def _answer(self, data: bytes) -> None:
-        header = Header.unpack(data)
+        header = Header.unpack(data[: Header.FORMAT.size])
         assert header is not None
         self.answers.append(header)
+        self.bodies.append(data[Header.FORMAT.size :])
 
     def feed(self, data: bytes, pieces: list[int] | None = None) -> None:
-        """As a socket would: at most a buffer at a time, or at most a piece."""
+        """As a socket would: at most what the buffers take at a time, or at most a piece."""
         rest, sizes = memoryview(data), cycle(pieces or [len(data) + 1])
         while rest:
-            buffer = self.inlet.buffer()
-            assert len(buffer) > 0
-            size = min(len(buffer), len(rest), next(sizes))
-            buffer[:size] = rest[:size]
+            buffers = self.inlet.buffers()
+            assert all(map(len, buffers))
+            assert 1 <= len(buffers) <= LAND_VIEWS_MAX
+            piece = rest[: next(sizes)]
+            size = 0
+            for buffer in buffers:
+                part = piece[size : size + len(buffer)]
+                buffer[: len(part)] = part
+                size += len(part)
             rest = rest[size:]
             self.inlet.filled(size)
 
@@ -74,8 +86,19 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench.region.close()
 
 
-def hello(ticket: Ticket, secret: bytes | None = None, layout: KVLayout = LAYOUT) -> bytes:
-    return Header(Kind.HELLO, ticket.number, count=1).pack() + (secret or ticket.secret) + layout_digest(layout)
+def greeting(ticket: Ticket, count: int = 1, layout: KVLayout = LAYOUT) -> Greeting:
+    return Greeting(CHALLENGE, NONCE, count, ticket.number, layout_digest(layout))
+
+
+def hello(
+    ticket: Ticket,
+    count: int = 1,
+    secret: bytes | None = None,
+    layout: KVLayout = LAYOUT,
+    cluster: bytes | None = SECRET,
+) -> bytes:
+    proof = greeting(ticket, count, layout).proof(Role.SENDER, ticket_key(cluster, secret or ticket.secret))
+    return Header(Kind.HELLO, ticket.number, count=count).pack() + Hello(NONCE, layout_digest(layout), proof).pack()
 
 
 def slices_frame(ticket: Ticket, layer: int, target: tuple[int, ...], payload: bytes) -> bytes:
@@ -98,7 +121,11 @@ def test_slices_land_however_the_bytes_are_cut(pieces: list[int]) -> None:
     expected = np.zeros_like(slices(bench.region))
     expected[1, :, [9, 3, 4]] = np.frombuffer(payload, np.uint8).reshape(2, 3, LAYOUT.slice_bytes).transpose(1, 0, 2)
     assert (slices(bench.region) == expected).all()
-    assert [(answer.kind, answer.count) for answer in bench.answers] == [(Kind.ACK, 1), (Kind.ACK, 2)]
+    assert [(answer.kind, answer.count) for answer in bench.answers] == [
+        (Kind.CHALLENGE, 0),
+        (Kind.WELCOME, 1),
+        (Kind.ACK, 2),
+    ]
     bench.inlet.close()
     bench.region.close()
 
@@ -123,7 +150,7 @@ def test_after_a_closed_ticket_the_connection_serves_another(bench: Bench) -> No
     bench.tickets.close(REQUEST)
     bench.feed(slices_frame(bench.ticket, 0, (3,), payload_of(1)))
     later = bench.tickets.open(RequestId("req-2"), ids(7))
-    bench.feed(hello(later) + slices_frame(later, 0, (7,), payload_of(1)) + fence(later))
+    bench.feed(hello(later, 2) + slices_frame(later, 0, (7,), payload_of(1)) + fence(later))
     assert bytes(bench.region.readable(0, 0, 7, 1)) == payload_of(1)[: LAYOUT.slice_bytes]
     assert bench.answers[-1].kind == Kind.ACK
 
@@ -137,14 +164,19 @@ def test_after_a_closed_ticket_the_connection_serves_another(bench: Bench) -> No
         (lambda t: Header(Kind.ACK, t.number).pack(), Fault.MALFORMED),
         (lambda t: Header(Kind.SLICES, t.number, 3, 1).pack(), Fault.MALFORMED),
         (lambda t: Header(Kind.SLICES, t.number, 0, 0).pack(), Fault.MALFORMED),
-        (lambda t: Header(Kind.SLICES, t.number, 0, 5).pack(), Fault.MALFORMED),
+        (lambda t: Header(Kind.SLICES, t.number, 0, 65).pack(), Fault.MALFORMED),
         (lambda t: Header(Kind.SLICES, t.number, 0, 2**32 - 1).pack(), Fault.MALFORMED),
         (lambda t: Header(Kind.SLICES, t.number + 1, 0, 1).pack(), Fault.UNAUTHORIZED),
         (lambda t: Header(Kind.FENCE, t.number + 1).pack(), Fault.UNAUTHORIZED),
         (lambda t: slices_frame(t, 0, (3, 6), b""), Fault.BLOCK_OUTSIDE),
         (lambda t: slices_frame(t, 0, (2**32 - 1,), b""), Fault.BLOCK_OUTSIDE),
-        (lambda t: hello(t, bytes(16)), Fault.UNAUTHORIZED),
-        (lambda t: hello(t, layout=OTHER_LAYOUT), Fault.LAYOUT),
+        (lambda t: hello(t, 2, secret=bytes(16)), Fault.UNAUTHORIZED),
+        (lambda t: hello(t, 2, cluster=b"another cluster's"), Fault.UNAUTHORIZED),
+        (lambda t: hello(t, 2, cluster=None), Fault.UNAUTHORIZED),
+        (lambda t: hello(t, 2)[:-1] + b"\0", Fault.UNAUTHORIZED),
+        (lambda t: hello(t, 1), Fault.UNAUTHORIZED),
+        (lambda t: hello(t, 0), Fault.UNAUTHORIZED),
+        (lambda t: hello(t, 2, layout=OTHER_LAYOUT), Fault.LAYOUT),
     ],
 )
 def test_what_is_wrong_is_refused_once_and_for_all(bench: Bench, frame: object, fault: Fault) -> None:
@@ -171,9 +203,33 @@ def test_a_ticket_that_never_was_has_no_secret(bench: Bench) -> None:
     assert bench.inlet.refusal is Fault.UNAUTHORIZED
 
 
+def test_the_receiver_challenges_and_proves_itself(bench: Bench) -> None:
+    assert bench.answers == [Header(Kind.CHALLENGE, 0)]
+    assert bench.bodies == [CHALLENGE]
+    bench.feed(hello(bench.ticket, 7))
+    assert bench.answers[1:] == [Header(Kind.WELCOME, bench.ticket.number, count=7)]
+    key = ticket_key(SECRET, bench.ticket.secret)
+    assert bench.bodies[1] == greeting(bench.ticket, 7).proof(Role.RECEIVER, key)
+
+
+def test_a_hello_of_another_connection_is_good_for_nothing(bench: Bench) -> None:
+    said = Greeting(bytes(16), NONCE, 1, bench.ticket.number, layout_digest(LAYOUT))
+    proof = said.proof(Role.SENDER, ticket_key(SECRET, bench.ticket.secret))
+    body = Hello(NONCE, layout_digest(LAYOUT), proof).pack()
+    bench.feed(Header(Kind.HELLO, bench.ticket.number, count=1).pack() + body)
+    assert bench.inlet.refusal is Fault.UNAUTHORIZED
+
+
+def test_the_receivers_own_proof_sent_back_is_none(bench: Bench) -> None:
+    proof = greeting(bench.ticket).proof(Role.RECEIVER, ticket_key(SECRET, bench.ticket.secret))
+    body = Hello(NONCE, layout_digest(LAYOUT), proof).pack()
+    bench.feed(Header(Kind.HELLO, bench.ticket.number, count=1).pack() + body)
+    assert bench.inlet.refusal is Fault.UNAUTHORIZED
+
+
 frames = st.builds(
     lambda kind, ticket, layer, count: Header(kind, ticket, layer, count).pack(),
-    st.integers(0, 6),
+    st.integers(0, 8),
     st.integers(0, 3),
     st.integers(0, 4),
     st.integers(0, 6),
@@ -191,6 +247,27 @@ def test_garbage_changes_nothing_and_breaks_nothing(
     outside = [block for block in range(LAYOUT.blocks) if block not in (3, 4, 5, 9)]
     assert not slices(bench.region)[:, :, outside].any()
     assert is_authenticated or bench.is_untouched()
+    assert len(bench.faults) <= 1
+    bench.inlet.close()
+    bench.region.close()
+
+
+@given(st.data())
+def test_a_valid_stream_with_a_few_bytes_changed_lands_within_its_ticket(data: st.DataObject) -> None:
+    bench = Bench()
+    stream = bytearray(
+        hello(bench.ticket)
+        + slices_frame(bench.ticket, 1, (9, 3), payload_of(2))
+        + fence(bench.ticket)
+        + slices_frame(bench.ticket, 2, (4, 5), payload_of(2))
+    )
+    for position, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(stream) - 1), st.integers(1, 255)), min_size=1, max_size=4)
+    ):
+        stream[position] ^= value
+    bench.feed(bytes(stream), data.draw(st.lists(st.integers(1, 700), min_size=1, max_size=8)))
+    outside = [block for block in range(LAYOUT.blocks) if block not in (3, 4, 5, 9)]
+    assert not slices(bench.region)[:, :, outside].any()
     assert len(bench.faults) <= 1
     bench.inlet.close()
     bench.region.close()

@@ -33,13 +33,16 @@ REGION_KINDS = {
     "inproc": [(HostRegion, HostRegion), (StagedRegion, StagedRegion)],
     "shm": [(HostRegion, HostRegion), (StagedRegion, HostRegion)],
     "tcp": [(HostRegion, HostRegion), (StagedRegion, StagedRegion)],
+    "ucx": [(HostRegion, HostRegion), (StagedRegion, StagedRegion)],
 }
 
 
-@pytest.fixture(params=["inproc", "shm", "tcp", "tcp on uvloop"])
+@pytest.fixture(params=["inproc", "shm", "tcp", "tcp on uvloop", "ucx", "ucx on uvloop"])
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     """Workers run on uvloop, which reads and writes sockets in ways of its own."""
     name, _, loop = request.param.partition(" on ")
+    if name == "ucx":
+        pytest.importorskip("ucxx")
     if loop:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     yield name
@@ -188,7 +191,7 @@ def test_blocks_outside_the_ticket_are_refused(transport: str) -> None:
 
 
 def test_a_secret_that_is_wrong_by_one_bit_opens_nothing(transport: str) -> None:
-    secret_at = {"inproc": 3, "shm": 70, "tcp": 12}[transport]
+    secret_at = {"inproc": 3, "shm": 70, "tcp": 12, "ucx": 12}[transport]
 
     async def scenario(ends: Pair) -> None:
         offer = ends.open(ids(1))
@@ -307,7 +310,7 @@ def test_both_ends_count_what_moved(transport: str) -> None:
         await connection.write(0, ids(1, 2), ids(1, 2))
         await connection.fence()
         await connection.close()
-        sides = [(ends.sent, "out")] + [(ends.received, "in")] * (transport == "tcp")
+        sides = [(ends.sent, "out")] + [(ends.received, "in")] * (transport in ("tcp", "ucx"))
         for registry, direction in sides:
             labels = {"transport": transport, "direction": direction}
 

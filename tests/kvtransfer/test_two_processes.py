@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnProcess
 import pytest
 import transfer_child
 from prometheus_client import CollectorRegistry
-from transfer_child import LARGE, SEED
+from transfer_child import LARGE, SEED, SMALL
 from transfer_rig import (
     REQUEST,
     SOURCE_LAYOUT,
@@ -29,6 +29,7 @@ from baton.errors import TransferError
 from baton.ids import RequestId
 from kvtransfer.interface import Connection, Offer
 from kvtransfer.metrics import TransferMetrics
+from kvtransfer.port import Place
 from kvtransfer.region import HostRegion
 from kvtransfer.registry import Ports, make_ports
 from kvtransfer.tcp.sender import TcpSender
@@ -67,8 +68,7 @@ def receiver_of(transport: str, region: HostRegion) -> Ports:
     return make_ports([transport], region, CollectorRegistry())
 
 
-def sendable(offers: object) -> list[tuple[str, bytes]]:
-    assert isinstance(offers, tuple)
+def sendable(*offers: Offer) -> list[tuple[str, bytes]]:
     return [(offer.transport, offer.descriptor) for offer in offers]
 
 
@@ -79,7 +79,7 @@ def test_another_process_writes_blocks_byte_for_byte(transport: str) -> None:
     async def scenario(region: HostRegion, pipe: Pipe) -> None:
         receiver = receiver_of(transport, region)
         await receiver.start(transport)
-        pipe.send((sendable([receiver.open(transport, REQUEST, ids(*target))]), target))
+        pipe.send((sendable(receiver.open(transport, REQUEST, ids(*target))), target))
         moved = 2 * SOURCE_LAYOUT.layers * len(target) * SOURCE_LAYOUT.slice_bytes
         assert await heard(pipe) == (transport, moved)
         await receiver.close()
@@ -104,7 +104,7 @@ def test_a_sender_killed_while_it_writes(transport: str) -> None:
     async def scenario(region: HostRegion, pipe: Pipe, process: SpawnProcess) -> None:
         receiver = receiver_of(transport, region)
         await receiver.start(transport)
-        pipe.send((sendable([receiver.open(transport, REQUEST, ids(*target))]), target))
+        pipe.send((sendable(receiver.open(transport, REQUEST, ids(*target))), target))
         assert await heard(pipe) == "writing"
         await asyncio.to_thread(kill, process)
         receiver.close_ticket(REQUEST)
@@ -168,7 +168,7 @@ def test_a_receiver_killed_while_it_is_written_to(transport: str) -> None:
 def test_a_receiver_that_is_stopped_is_given_up() -> None:
     async def scenario(pipe: Pipe, process: SpawnProcess) -> None:
         source = HostRegion.allocate(LARGE)
-        sender = TcpSender(source, TransferMetrics(CollectorRegistry()), stall_timeout_s=0.3)
+        sender = TcpSender(Place(source, TransferMetrics(CollectorRegistry())), stall_timeout_s=0.3)
         offers = [Offer(*offer) for offer in await heard(pipe)]  # type: ignore[attr-defined]
         connection = await sender.connect(offers[0], LARGE)
         assert process.pid is not None
@@ -181,3 +181,65 @@ def test_a_receiver_that_is_stopped_is_given_up() -> None:
 
     with child(transfer_child.receive_for_ever, "tcp") as (process, pipe):
         asyncio.run(asyncio.wait_for(scenario(pipe, process), 60))
+
+
+@pytest.mark.parametrize("end", ["goes on", "is killed"])
+def test_a_writer_stopped_in_a_copy_is_waited_for_until_it(end: str) -> None:
+    target = [4, 9]
+
+    async def scenario(region: HostRegion, pipe: Pipe, process: SpawnProcess) -> None:
+        receiver = receiver_of("shm", region)
+        await receiver.start("shm")
+        pipe.send((sendable(receiver.open("shm", REQUEST, ids(*target))), target))
+        await asyncio.to_thread(until_stopped, process)
+        receiver.close_ticket(REQUEST)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await receiver.settle(REQUEST)
+        settling = asyncio.ensure_future(receiver.settle(REQUEST))
+        if end == "is killed":
+            await asyncio.to_thread(kill, process)
+        else:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGCONT)
+        await settling
+        slices(region)[:, :, target] = 0xDD  # somebody else's
+        if end == "goes on":
+            assert "closed the ticket" in str(await heard(pipe))
+        assert (slices(region)[:, :, target] == 0xDD).all()
+        await receiver.close()
+
+    region = HostRegion.allocate(TARGET_LAYOUT)
+    with child(transfer_child.send_and_halt, "shm") as (process, pipe):
+        asyncio.run(asyncio.wait_for(scenario(region, pipe, process), 60))
+    region.close()
+
+
+def until_stopped(process: SpawnProcess) -> None:
+    assert process.pid is not None
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def test_no_late_write_reaches_blocks_handed_on() -> None:
+    """Tickets closed under a writer's hands, over and over, wherever it may be."""
+
+    async def scenario(region: HostRegion, pipe: Pipe) -> None:
+        receiver = receiver_of("shm", region)
+        await receiver.start("shm")
+        for turn in range(100):
+            request_id = RequestId(f"req-{turn}")
+            pipe.send((sendable(receiver.open("shm", request_id, everything)), everything))
+            assert await heard(pipe) == "writing"
+            receiver.close_ticket(request_id)
+            await receiver.settle(request_id)
+            slices(region)[:] = 0xDD
+            assert "closed the ticket" in str(await heard(pipe))
+            assert (slices(region) == 0xDD).all()
+        pipe.send(None)
+        await receiver.close()
+
+    everything = ids(*range(SMALL.blocks))
+    region = HostRegion.allocate(SMALL)
+    with child(transfer_child.send_until_closed, "shm") as (_, pipe):
+        asyncio.run(asyncio.wait_for(scenario(region, pipe), 60))
+    region.close()

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from baton.errors import ClusterError, SettingsError
+from baton.secret import cluster_secret, with_secret
 from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings, RouterSettings, UpSettings, load_settings
-from launcher.plan import check_settings, plan_workers, settings_for, threads_each
+from launcher.plan import KINDS, check_settings, plan_workers, settings_for, threads_each
 from launcher.ray_cluster import is_local
 
 REDIS = "redis://:secret@127.0.0.1:1/0"
@@ -133,3 +134,11 @@ def test_a_worker_by_hand_must_say_how_others_reach_it() -> None:
     with pytest.raises(SettingsError, match=r"cannot be used: others cannot reach .* set advertise_host\.$"):
         load_settings(DecodeWorkerSettings, {"host": "0.0.0.0"})
     assert load_settings(DecodeWorkerSettings, {"host": "0.0.0.0", "advertise_host": "10.0.0.3"})
+
+
+def test_all_workers_get_one_secret_that_nothing_shows() -> None:
+    settings = with_secret(up())
+    plans = plan_workers(settings, REDIS, "run")
+    secrets = {cluster_secret(KINDS[plan.role](**plan.settings)) for plan in plans}
+    assert len(secrets) == 1 and (secret := secrets.pop()) is not None
+    assert secret.decode() not in f"{plans!r} {[dict(plan.settings) for plan in plans]!r} {settings!r}"

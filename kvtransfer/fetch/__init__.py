@@ -1,0 +1,1 @@
+"""Reads named KV blocks out of another worker's cache."""

@@ -1,0 +1,61 @@
+"""Which of a fetch's blocks lie here, and which were found right. Pure."""
+
+from collections.abc import Sequence
+
+from baton.errors import TransferError
+
+RESENDS_MAX = 1
+"""How often one block is asked for again before the fetch ends with those before it."""
+
+
+class Landing:
+    """Numbers are indices into the ticket's blocks. Raises TransferError where the sender says what cannot be, or a
+    block does not get right."""
+
+    def __init__(self, asked: int) -> None:
+        self._asked = asked
+        self.sent = 0
+        """So many, the first ones, the sender has and sends."""
+        self._digests: list[int] = []
+        self._is_right: list[bool] = []
+        self._resends: list[int] = []
+        self._awaited: set[int] = set()
+
+    def started(self, blocks: int) -> None:
+        if self.sent or blocks > self._asked:
+            raise TransferError("The sender has started twice, or with more blocks than it was asked for.")
+        self.sent = blocks
+        self._digests, self._is_right, self._resends = [0] * blocks, [False] * blocks, [0] * blocks
+        self._awaited = set(range(blocks))
+
+    def landed(self, first: int, digests: Sequence[int]) -> range:
+        """The blocks that are to be verified now."""
+        told = range(first, first + len(digests))
+        if not self._awaited.issuperset(told):
+            raise TransferError("The sender told of blocks that nobody waits for.")
+        self._awaited.difference_update(told)
+        self._digests[told.start : told.stop] = digests
+        return told
+
+    def verified(self, told: range, mismatches: Sequence[int]) -> list[int]:
+        """`mismatches` are indices into `told`. The blocks to ask for again."""
+        again = [told[index] for index in mismatches]
+        for block in told:
+            self._is_right[block] = block not in again
+        for block in again:
+            self._resends[block] += 1
+            if self._resends[block] > RESENDS_MAX:
+                raise TransferError("A KV block did not match its digest again after it was sent again.")
+        self._awaited.update(again)
+        return again
+
+    @property
+    def is_right(self) -> bool:
+        """All that the sender has, which may be nothing."""
+        return all(self._is_right)
+
+    @property
+    def digests(self) -> tuple[int, ...]:
+        """Of the leading blocks that are right."""
+        leading = self._is_right.index(False) if False in self._is_right else self.sent
+        return tuple(self._digests[:leading])

@@ -1,0 +1,158 @@
+"""The frames of the nixl transport's control connection, and what an offer's descriptor says.
+
+The blocks themselves go by NIXL: the receiver reads them out of the sender's region. The sender connects, and
+
+    frame     = header body
+    HELLO     : body = Hello: the ticket, the sender's nonce and its idea of the receiver's layout
+    CHALLENGE : body = the receiver's nonce (32 bytes), its proof (32 bytes, kvtransfer/nixl/proof.py)
+    SOURCE    : body = the sender's proof of all this and the rest of the body (32 bytes), Source: where to read
+    WELCOME   : no body; the receiver can read there
+    READY     : body = count source block ids, count target block ids (u32); `layer` is set: these slices may be read
+    READ      : no body; the slices of one READY more have all been read: they lie in the receiver's region
+    FENCE     : no body; answered by FENCED if the ticket is open still
+    ERROR     : body = a Fault (u32), after which the receiver reads no more
+
+From WELCOME on each frame but ERROR ends in a seal (16 bytes). All numbers are big-endian. A connection carries one
+ticket.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import ClassVar
+
+from baton.errors import TransferError
+from baton.layout import KVLayout
+from kvtransfer.nixl.agent import Source
+from kvtransfer.nixl.proof import NONCE_BYTES
+from kvtransfer.nixl.segment import Segment
+from kvtransfer.region import pack_layout, unpack_layout
+from kvtransfer.tickets import SECRET_BYTES
+
+MAGIC = b"BNX1"
+DIGEST_BYTES = 16
+BODY_BYTES_MAX = 64 * 1024
+READY_BLOCKS_MAX = 4096
+"""In one READY."""
+READY_MAX = 32
+"""Sent and not yet read, of one connection."""
+
+
+class Kind(IntEnum):
+    HELLO = 1
+    CHALLENGE = 2
+    SOURCE = 3
+    WELCOME = 4
+    READY = 5
+    READ = 6
+    FENCE = 7
+    FENCED = 8
+    ERROR = 9
+
+
+class Fault(IntEnum):
+    """Why the receiver reads no more."""
+
+    MALFORMED = 1
+    UNAUTHORIZED = 2
+    TICKET_CLOSED = 3
+    BLOCK_OUTSIDE = 4
+    LAYOUT = 5
+    UNREADABLE = 6
+
+    @property
+    def sentence(self) -> str:
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Fault.MALFORMED: "The receiver could not understand what was sent.",
+    Fault.UNAUTHORIZED: "The receiver knows no open ticket with that secret, or has another cluster secret.",
+    Fault.TICKET_CLOSED: "The receiver has closed the ticket.",
+    Fault.BLOCK_OUTSIDE: "A target block is not part of the ticket.",
+    Fault.LAYOUT: "The region of the peer has another layout than it said.",
+    Fault.UNREADABLE: "The receiver could not read this worker's region.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    kind: int
+    body_bytes: int
+    layer: int = 0
+    count: int = 0
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("!4sHHII")
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(MAGIC, self.kind, self.layer, self.count, self.body_bytes)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Header | None":
+        """None if it is not a header of this version."""
+        magic, kind, layer, count, body_bytes = cls.FORMAT.unpack(data)
+        return cls(kind, body_bytes, layer, count) if magic == MAGIC and body_bytes <= BODY_BYTES_MAX else None
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    ticket: int
+    nonce: bytes
+    layout_digest: bytes
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct(f"!Q{NONCE_BYTES}s{DIGEST_BYTES}s")
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(self.ticket, self.nonce, self.layout_digest)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Hello | None":
+        return cls(*cls.FORMAT.unpack(data)) if len(data) == cls.FORMAT.size else None
+
+
+def layout_digest(layout: KVLayout) -> bytes:
+    return hashlib.sha256(pack_layout(layout)).digest()[:DIGEST_BYTES]
+
+
+_LENGTH = struct.Struct("!I")
+
+
+def pack_source(source: Source) -> bytes:
+    layout = pack_layout(source.layout)
+    return _LENGTH.pack(len(layout)) + layout + source.segment.pack() + source.metadata
+
+
+def unpack_source(data: bytes) -> Source:
+    """Raises TransferError for anything that `pack_source` did not make; into the metadata only NIXL looks."""
+    if len(data) < _LENGTH.size:
+        raise TransferError("This is not a source that this version understands.")
+    (length,) = _LENGTH.unpack_from(data)
+    packed, rest = data[_LENGTH.size : _LENGTH.size + length], data[_LENGTH.size + length :]
+    layout = unpack_layout(packed)
+    size = Segment.FORMAT.size
+    return Source(layout, Segment.unpack(rest[:size], layout), rest[size:])
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An offer's descriptor: where the receiver listens, and the ticket's number and secret."""
+
+    host: str
+    port: int
+    ticket: int
+    secret: bytes = field(repr=False)
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct(f"!HQ{SECRET_BYTES}s")
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(self.port, self.ticket, self.secret) + self.host.encode()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Address":
+        """Raises TransferError for anything that `pack` did not make."""
+        try:
+            port, ticket, secret = cls.FORMAT.unpack(data[: cls.FORMAT.size])
+            return cls(data[cls.FORMAT.size :].decode(), port, ticket, secret)
+        except (struct.error, UnicodeDecodeError):
+            raise TransferError("The offer is not one that this version understands.") from None
