@@ -89,8 +89,10 @@ class Placer:
 
     @property
     def unpaired(self) -> Mapping[WorkerId, str]:
-        """Workers that get nothing to do, with the reason: no decode worker could take what they compute."""
-        alone = [fleet for fleets in self._fleets.values() for fleet in fleets if not fleet.decode_count]
+        """Workers that get nothing to do, with the reason: there are decode workers of their model, but none could take
+        what they compute."""
+        served = [fleets for fleets in self._fleets.values() if any(fleet.decode_count for fleet in fleets)]
+        alone = [fleet for fleets in served for fleet in fleets if not fleet.decode_count]
         return {worker.worker_id: _NO_PARTNER for fleet in alone for worker in fleet.workers}
 
     def _is_new(self, worker: WorkerInfo) -> bool:

@@ -258,6 +258,7 @@ def test_workers_of_other_block_sizes_pair_and_each_goes_by_its_own_names() -> N
 def test_workers_that_nobody_can_take_kv_from_are_told_with_the_reason() -> None:
     rig = Rig([*a_fleet(1, 1), a_worker("stranger", "prefill", fingerprint="g")])
     assert rig.placer.unpaired == {"stranger": "no decode worker has the same weights and type of KV"}
+    assert Rig([a_worker("early", "prefill")]).placer.unpaired == {}, "its decode worker may only be slow to start"
 
 
 HALF_A_CHUNK_LESS = 0.95
