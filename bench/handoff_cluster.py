@@ -44,6 +44,8 @@ class Cluster:
 
     prefill: Mapping[str, str]
     decode: Mapping[str, str]
+    transport: str
+    """That they are to use among each other."""
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def cluster(
             verify: _worker(stack, "decode-worker", [*here, f"--verify={verify}", "--local-prefill-tokens-max=0"], None)
             for verify in verifies
         }
-        yield Cluster(_addresses(prefill), _addresses(decode))
+        yield Cluster(_addresses(prefill), _addresses(decode), link.transport)
 
 
 @contextmanager

@@ -64,8 +64,9 @@ class Driver:
             await call.write(worker_pb2.ServeRequest(submit=submit))
             output = await self._output(call)
             ttft_s = time.perf_counter() - start_s
-        reason = output.error or "it was prefilled elsewhere than asked"
-        if output.error or bool(output.timeline.transport) != (prefill is not None):
+        wanted = "" if prefill is None else self._cluster.transport
+        if output.error or output.timeline.transport != wanted:
+            reason = output.error or f"it came by {output.timeline.transport or 'no transport'} instead"
             raise RequestFailed(f"{way}, {len(prompt)} tokens: {reason}")
         return sample_of(way, len(prompt), output, ttft_s)
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import grpc.aio
@@ -47,7 +48,7 @@ class Attempt:
         """Two for each block at most: it is told once, and once more where it was asked for again."""
 
     def begin(self) -> None:
-        self._reading = asyncio.create_task(self._settling(self._read()))
+        self._reading = asyncio.create_task(self._settling(self._read))
 
     async def take_back(self) -> None:
         """Returns when the prefill worker has let go of the ticket, or the stream has ended in another way."""
@@ -102,7 +103,7 @@ class Attempt:
 
     def _take_in(self, message: transfer_pb2.BlocksLanded) -> None:
         told = self._landing.landed(message.first, message.digests)
-        task = asyncio.create_task(self._settling(self._verify(told, message.digests)))
+        task = asyncio.create_task(self._settling(partial(self._verify, told, message.digests)))
         self._verifications.add(task)
         task.add_done_callback(self._verifications.discard)
 
@@ -121,10 +122,10 @@ class Attempt:
             digests = tuple(self._landing.digests) if any(self._landing.digests) else ()
             self.outcome.set_result(Filled(self._started, self._commit, digests))
 
-    async def _settling(self, work: Coroutine[object, object, None]) -> None:
-        """What fails first is the outcome."""
+    async def _settling(self, work: Callable[[], Awaitable[None]]) -> None:
+        """What fails first is the outcome. `work` begins when this does, which may be cancelled before."""
         try:
-            await work
+            await work()
         except (Unavailable, grpc.aio.AioRpcError) as error:
             if not self.outcome.done():
                 self.outcome.set_exception(error)

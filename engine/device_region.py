@@ -66,6 +66,19 @@ class DeviceRegion:
     def share(self) -> None:
         """No other process maps it."""
 
+    def device_address(self) -> tuple[int, int] | None:
+        """For transports that move device memory by themselves: address and device number; None on the CPU device.
+        Makes the device the calling thread's own."""
+        if self._stream is None:
+            return None
+        torch.cuda.set_device(self.tensor.device)
+        return self.tensor.data_ptr(), self.tensor.get_device()
+
+    def ready(self, layer: int) -> None:
+        """Waits for the last mark of the layer: what it stands for may be read then."""
+        if mark := self._marks.get(layer):
+            mark.synchronize()
+
     def close(self) -> None:
         self.tensor = self.tensor.new_empty(0)
         del self.digester

@@ -66,7 +66,7 @@ class Admitted:
     blocks: tuple[BlockId, ...]
     cached_tokens: int
     digests: tuple[int, ...] = ()
-    """Of the cached blocks, where the engine keeps digests."""
+    """Prefill.ONLY: of the cached blocks, where the engine makes digests."""
 
 
 @dataclass(frozen=True, slots=True)

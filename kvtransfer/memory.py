@@ -1,9 +1,11 @@
 """Anonymous memory that another process of the same user on the same machine can map.
 
 It is a memfd: it has no name in any file system, so nothing stays behind when its owner is killed, and
-it is reached through `/proc/PID/fd/FD` by whoever the kernel lets read that process. A process id and a
-descriptor number may both be in use again by then, so a share also names the machine's boot, the PID
-namespace, the process's start time and a random number that lies in the memory itself.
+the one way to it is `/proc/PID/fd/FD`. The kernel follows that link for whoever may trace the process
+(ptrace's access check: the same user, and no other namespace), and then asks the file's own mode, which
+is 0600: strangers on the machine neither read nor write it. A process id and a descriptor number may
+both be in use again by then, so a share also names the machine's boot, the PID namespace, the process's
+start time and a random number that lies in the memory itself.
 """
 
 import fcntl
@@ -83,6 +85,7 @@ class SharedMemory(_Mapped):
     def __init__(self, size: int) -> None:
         self._fd = os.memfd_create(_MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            os.fchmod(self._fd, 0o600)  # it is made as 0777
             os.ftruncate(self._fd, HEADER_BYTES + size)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
             super().__init__(self._fd, size)

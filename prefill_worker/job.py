@@ -160,11 +160,11 @@ class PrefillJob:
 
     async def send(self, tell: Tell) -> None:
         """Writes every block of the ticket, each layer of it as soon as it is ready, and tells of those that landed
-        whole. Returns when all are told.
+        whole. Returns when all are told and the first token is there.
 
         Raises TransferError from the connection, or the engine's error if the request failed there.
         """
-        while not self._progress.is_done:
+        while not (self._progress.is_done and self._first_token.done()):
             if not await self._advance(tell):
                 await self._wait()
 
@@ -231,9 +231,9 @@ class PrefillJob:
         for index in indices:
             await tell(transfer_pb2.BlocksLanded(first=index, digests=[self._progress.digests[index]]))
 
-    async def commit(self) -> worker_pb2.PrefillCommit:
-        """After `send`: the first token and what the transfer took."""
-        first = await asyncio.shield(self._first_token)
+    def commit(self) -> worker_pb2.PrefillCommit:
+        """After `send`: the first token and what the transfer took. Raises the engine's error."""
+        first = self._first_token.result()
         times = self.times
         return worker_pb2.PrefillCommit(
             first_token=first.token_ids[0],

@@ -74,7 +74,7 @@ async def _serve(job: PrefillJob, respond: Respond) -> None:
 
     await respond(worker_pb2.PrefillResponse(started=await job.started()))
     await job.send(tell)
-    await respond(worker_pb2.PrefillResponse(commit=await job.commit()))
+    await respond(worker_pb2.PrefillResponse(commit=job.commit()))
     job.is_committed = True
     await job.send_again(tell)
 

@@ -115,7 +115,7 @@ class PrefillWorker:
             raise InvalidRequest("The ticket's KV layout is not that of its link.", "layout")
         if any(block >= target.pool_blocks for block in ticket.blocks):
             raise InvalidRequest("The ticket names blocks that the region does not have.", "blocks")
-        if ticket.first_block + len(ticket.blocks) != own.layout.blocks_for(len(ticket.prompt) + len(ticket.generated)):
+        if ticket.first_block + len(ticket.blocks) != target.blocks_for(len(ticket.prompt) + len(ticket.generated)):
             raise InvalidRequest("The ticket's blocks do not cover its prompt.", "blocks")
 
     async def close_job(self, job: PrefillJob) -> None:

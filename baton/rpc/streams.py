@@ -25,4 +25,6 @@ class SerialWriter(Generic[Message]):
                 await asyncio.shield(writing)
             except asyncio.CancelledError:
                 await asyncio.wait({writing})
+                if not writing.cancelled():
+                    writing.exception()  # whoever is cancelled does not want to know
                 raise

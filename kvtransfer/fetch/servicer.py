@@ -22,6 +22,8 @@ FETCHES_MAX = 64
 """At one time; past it they are refused, and the receiver computes what it wanted."""
 FETCH_TIMEOUT_S = 120.0
 """Longest that one fetch may hold blocks, whatever its ticket says."""
+TICKET_TIMEOUT_S = 10.0
+"""How long a stream may say nothing at first."""
 BYTES_IN_FLIGHT_MAX = 64 * 2**20
 
 FetchContext: TypeAlias = "grpc.aio.ServicerContext[transfer_pb2.FetchRequest, transfer_pb2.FetchResponse]"
@@ -60,11 +62,8 @@ class FetchServicer:
         try:
             if len(self._fetches) >= FETCHES_MAX:
                 raise Overloaded("This worker is asked for as many blocks as it can send; try again later.")
-            first = await context.read()
-            if not isinstance(first, transfer_pb2.FetchRequest) or first.WhichOneof("message") != "ticket":
-                raise InvalidRequest("The first message of a Fetch stream must be a ticket.")
-            peer = self._check(first.ticket)
-            if await self._run(first.ticket, peer, context):
+            ticket = await _ticket(context)
+            if await self._run(ticket, self._check(ticket), context):
                 await context.write(transfer_pb2.FetchResponse(released=transfer_pb2.FetchReleased()))
         except BatonError as error:
             await context.abort(status_code(error), str(error))
@@ -73,7 +72,7 @@ class FetchServicer:
         """Idempotent. Ends what is under way; after it nothing is read or written any more."""
         while self._fetches:
             for task in self._fetches:
-                task.cancel()
+                _end(task)
             await asyncio.wait(self._fetches)
 
     def _check(self, ticket: transfer_pb2.FetchTicket) -> PeerLink:
@@ -93,7 +92,7 @@ class FetchServicer:
         receiver = _Receiver(context)
         work = asyncio.create_task(self._serve(ticket, peer, receiver))
         self._fetches.add(work)  # not the call's alone: what cancels the call must not keep this from ending well
-        work.add_done_callback(self._fetches.discard)
+        work.add_done_callback(self._ended)
         listening = asyncio.create_task(receiver.listen())
         try:
             done, _ = await asyncio.wait({work, listening}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -105,12 +104,14 @@ class FetchServicer:
                 task.result()
             return receiver.took_back
         finally:
-            work.cancel()
+            _end(work)
             listening.cancel()
-            await asyncio.wait({work, listening})
-            for task in (work, listening):
-                if not task.cancelled():
-                    task.exception()  # of two that failed the first was raised
+            await asyncio.gather(asyncio.wait({work}), listening, return_exceptions=True)
+
+    def _ended(self, work: "asyncio.Task[None]") -> None:
+        self._fetches.discard(work)
+        if not work.cancelled():
+            work.exception()  # the call has raised it, or has been cancelled by a stream that broke
 
     async def _serve(self, ticket: transfer_pb2.FetchTicket, peer: PeerLink, receiver: "_Receiver") -> None:
         """Returns at once where there is nothing to send; else when cancelled."""
@@ -139,6 +140,24 @@ class FetchServicer:
         self._on_sent(sent.transfer_bytes, sent.transfer_s)
         await receiver.tell(done=sent)
         await sending.send_again(receiver.landed)
+
+
+async def _ticket(context: FetchContext) -> transfer_pb2.FetchTicket:
+    """Raises InvalidRequest or DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(TICKET_TIMEOUT_S):
+            first = await context.read()
+    except TimeoutError:
+        raise DeadlineExceeded(f"No ticket came within {TICKET_TIMEOUT_S:g} s.") from None
+    if not isinstance(first, transfer_pb2.FetchRequest) or first.WhichOneof("message") != "ticket":
+        raise InvalidRequest("The first message of a Fetch stream must be a ticket.")
+    return first.ticket
+
+
+def _end(task: "asyncio.Task[None]") -> None:
+    """Cancels it once: a second time would break off what it does at its end."""
+    if not task.cancelling():
+        task.cancel()
 
 
 class _Receiver:

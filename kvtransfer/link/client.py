@@ -12,7 +12,7 @@ from baton.clock import Clock, monotonic
 from baton.errors import BatonError, Unavailable
 from baton.rpc import transfer_pb2, transfer_pb2_grpc
 from kvtransfer.link.conversation import LINK_TIMEOUT_S, Conversation
-from kvtransfer.link.failures import explain, failure_kind
+from kvtransfer.link.failures import TimedOut, explain, failure_kind
 from kvtransfer.link.identity import LinkIdentity
 from kvtransfer.link.metrics import LinkMetrics, OpenLink
 from kvtransfer.link.proof import SignedTicket
@@ -26,7 +26,7 @@ IDLE_S = 900.0
 """A link that no ticket was signed for this long is closed."""
 UNREACHABLE_S = 0.5
 REFUSED_S = 5.0
-"""So long a failure is answered again: of a worker that could not be reached, and of one that said no."""
+"""So long a failure is answered again: of a worker that could not be reached, and of one that said no or nothing."""
 WITHIN_ONE_MACHINE = frozenset({"inproc", "shm"})
 """It is no news that these do not lead to another one."""
 LinkCall: TypeAlias = "grpc.aio.StreamStreamCall[transfer_pb2.LinkRequest, transfer_pb2.LinkResponse]"
@@ -157,7 +157,8 @@ class Links:
     def _remember(self, address: str, error: BatonError) -> None:
         while len(self._failures) >= LINKS_MAX:
             del self._failures[next(iter(self._failures))]
-        for_s = UNREACHABLE_S if isinstance(error, Unavailable) else REFUSED_S
+        is_brief = isinstance(error, Unavailable) and not isinstance(error, TimedOut)
+        for_s = UNREACHABLE_S if is_brief else REFUSED_S
         self._failures[address] = _Failure(error, self._clock() + for_s)
 
     # ---- one link
@@ -218,8 +219,7 @@ class Links:
 
 def _log(address: str, made: Made, link: OpenLink) -> None:
     where = f"{link.peer} at {address}"
-    speed = f"{link.bytes_per_s / 1e9:.2f} GB/s, {1e6 * link.latency_s:.0f} µs"
-    log.info("KV blocks come from %s by %s: %s", where, link.transport, speed)
+    log.info("KV blocks come from %s by %s: %s", where, link.transport, link.speed)
     if made.failures:
         is_news = any(failure.split(":")[0] not in WITHIN_ONE_MACHINE for failure in made.failures)
         level = logging.WARNING if is_news else logging.INFO
@@ -227,4 +227,4 @@ def _log(address: str, made: Made, link: OpenLink) -> None:
             level, "%s is not linked by a better transport than %s: %s", where, link.transport, " ".join(made.failures)
         )
     if link.is_slow:
-        log.warning("the %s link to %s is slower than it should be: %s", link.transport, where, speed)
+        log.warning("the %s link to %s is slower than it should be: %s", link.transport, where, link.speed)

@@ -59,5 +59,6 @@ class Conversation(Generic[Said, Heard]):
 
 
 def shortened(reason: str) -> str:
-    """A failure's reason as it travels: one line, bounded."""
-    return " ".join(reason.split())[:REASON_CHARS_MAX]
+    """A failure's reason as it travels and may be logged: one line, bounded, whoever wrote it."""
+    line = " ".join(reason[: 2 * REASON_CHARS_MAX].split())[:REASON_CHARS_MAX]
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -11,6 +11,7 @@ PROTOCOL_VERSION = 1
 NONCE_BYTES = 32
 WORKER_ID_CHARS_MAX = 256
 TRANSPORTS_MAX = 16
+TRANSPORT_CHARS_MAX = 32
 REGION_BYTES_MAX = 2**53
 
 
@@ -45,11 +46,17 @@ def sound_layout(message: transfer_pb2.KVLayout) -> KVLayout:
     return layout
 
 
+def is_worker_id(text: str) -> bool:
+    """Fit for a log line and a metric's label."""
+    return 0 < len(text) <= WORKER_ID_CHARS_MAX and text.isprintable()
+
+
 def _check_form(hello: transfer_pb2.LinkHello) -> None:
     is_sound = (
         len(hello.nonce) == NONCE_BYTES
-        and 0 < len(hello.worker_id) <= WORKER_ID_CHARS_MAX
+        and is_worker_id(hello.worker_id)
         and len(hello.transports) <= TRANSPORTS_MAX
+        and all(name.isidentifier() and len(name) <= TRANSPORT_CHARS_MAX for name in hello.transports)
     )
     if not is_sound:
         raise InvalidRequest("This is no introduction of a worker.", "hello")

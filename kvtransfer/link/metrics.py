@@ -19,6 +19,11 @@ class OpenLink:
     bytes_per_s: float
     is_slow: bool
 
+    @property
+    def speed(self) -> str:
+        """For a log line."""
+        return f"{self.bytes_per_s / 1e9:.2f} GB/s, {1e6 * self.latency_s:.0f} µs"
+
 
 class LinkMetrics:
     """One worker's, of both ends. Lives on the loop. `peer` is the other worker's id; its series go with its link."""
@@ -51,12 +56,12 @@ class LinkMetrics:
         self._tests_failed.labels(transport).inc()
 
     def opened(self, link: OpenLink) -> None:
-        self._links.labels(link.transport, _speed(link)).inc()
+        self._links.labels(link.transport, _speed_label(link)).inc()
         self._open[link.transport, link.peer].append(link)
         self._show(link.transport, link.peer)
 
     def closed(self, link: OpenLink) -> None:
-        self._links.labels(link.transport, _speed(link)).dec()
+        self._links.labels(link.transport, _speed_label(link)).dec()
         self._open[link.transport, link.peer].remove(link)
         self._show(link.transport, link.peer)
 
@@ -71,5 +76,5 @@ class LinkMetrics:
             self._latency.remove(transport, peer)
 
 
-def _speed(link: OpenLink) -> str:
+def _speed_label(link: OpenLink) -> str:
     return "slow" if link.is_slow else "expected"

@@ -20,7 +20,7 @@ from kvtransfer.link.conversation import (
     Conversation,
     shortened,
 )
-from kvtransfer.link.identity import NONCE_BYTES, PROTOCOL_VERSION, WORKER_ID_CHARS_MAX, LinkIdentity
+from kvtransfer.link.identity import NONCE_BYTES, PROTOCOL_VERSION, LinkIdentity, is_worker_id
 from kvtransfer.link.metrics import LinkMetrics
 from kvtransfer.link.probe import Measured, clear_target, digest_of
 from kvtransfer.link.proof import Purpose, TicketSigner, check_proof, prove, session_key, transcript
@@ -78,6 +78,8 @@ class LinkReceiver:
             if response.WhichOneof("message") == "ready":
                 return self._made(host, response.ready, tested, tuple(failures))
             tested = getattr(response, "try").transport
+            if tested not in self._ports.transports:
+                raise InvalidRequest("The other worker tries a transport that it was not told of.")
             if failure := await self._take_test(conversation, tested):
                 self._metrics.test_failed(tested)
                 failures.append(f"{tested}: {failure}")
@@ -96,7 +98,7 @@ class LinkReceiver:
         )
         await conversation.say(transfer_pb2.LinkRequest(hello=hello))
         challenge = (await conversation.hear("challenge")).challenge
-        if len(challenge.nonce) != NONCE_BYTES or not 0 < len(challenge.worker_id) <= WORKER_ID_CHARS_MAX:
+        if len(challenge.nonce) != NONCE_BYTES or not is_worker_id(challenge.worker_id):
             raise InvalidRequest("This is no challenge of a worker.", "challenge")
         said = transcript(hello, challenge)
         check_proof(self._secret, Purpose.SENDER, said, challenge.proof)

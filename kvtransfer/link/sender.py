@@ -99,7 +99,7 @@ class LinkSender:
         between = f"between {self._me.worker_id} and {guest.worker_id}"
         if failures:
             return f"No KV transport works {between}. {' '.join(failures)}"
-        theirs, mine = ", ".join(name[:32] for name in guest.transports), ", ".join(self._ports.transports)
+        theirs, mine = ", ".join(guest.transports), ", ".join(self._ports.transports)
         return f"No KV transport is allowed and installed on both ends {between}: {mine} here, {theirs} there."
 
     async def _test(self, conversation: SenderConversation, transport: str, guest: Guest) -> Measured:

@@ -1,5 +1,6 @@
 """The links that this worker sends by: who its receivers are, and which tickets are theirs."""
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -9,17 +10,16 @@ from typing import TypeAlias
 import grpc.aio
 
 from baton.clock import Clock, monotonic
-from baton.errors import BatonError, Overloaded
+from baton.errors import BatonError, DeadlineExceeded, Overloaded
 from baton.ids import RequestId
 from baton.layout import KVLayout
 from baton.rpc import transfer_pb2
 from kvtransfer.interface import Connection, Offer
-from kvtransfer.link.conversation import Conversation
+from kvtransfer.link.conversation import LINK_TIMEOUT_S, Conversation
 from kvtransfer.link.expectation import Expectations
 from kvtransfer.link.failures import failure_kind, link_status
 from kvtransfer.link.identity import LinkIdentity
 from kvtransfer.link.metrics import LinkMetrics, OpenLink
-from kvtransfer.link.probe import bulk_write_bytes
 from kvtransfer.link.proof import SignedTicket, TicketChecker, UnknownLink
 from kvtransfer.link.sender import Chosen, Guest, LinkSender
 from kvtransfer.registry import Ports
@@ -116,14 +116,18 @@ class LinkBook:
         conversation = Conversation(context.read, context.write, transfer_pb2.LinkRequest)
         self._handshakes += 1
         try:
-            guest = await self._sender.welcome(conversation)
-            chosen = await self._sender.choose(conversation, guest)
+            async with asyncio.timeout(LINK_TIMEOUT_S):
+                guest = await self._sender.welcome(conversation)
+                chosen = await self._sender.choose(conversation, guest)
+        except TimeoutError:
+            raise DeadlineExceeded(f"The link was not made within {LINK_TIMEOUT_S:g} s.") from None
         finally:
             self._handshakes -= 1
-        link_id, link = secrets.token_bytes(LINK_ID_BYTES), self._judged(guest, chosen)
+        link_id, link = secrets.token_bytes(LINK_ID_BYTES), await self._judged(guest, chosen)
         peer = PeerLink(guest.worker_id, chosen.transport, guest.layout)
         self._links[link_id] = _Entry(peer, TicketChecker(guest.key))
         self._metrics.opened(link)
+        log.info("KV blocks go to %s by %s: %s", link.peer, link.transport, link.speed)
         try:
             await conversation.say(_ready(link_id, link))
         except BaseException:
@@ -132,10 +136,9 @@ class LinkBook:
             raise
         return link_id, link
 
-    def _judged(self, guest: Guest, chosen: Chosen) -> OpenLink:
+    async def _judged(self, guest: Guest, chosen: Chosen) -> OpenLink:
         measured = chosen.measured
-        write_bytes = bulk_write_bytes(self._me.layout)
-        expected = self._expectations.bytes_per_s_min(chosen.transport, measured, write_bytes)
+        expected = await self._expectations.bytes_per_s_min(chosen.transport, measured, self._me.layout)
         for sample in measured.samples:
             self._on_measured(sample.size_bytes, sample.seconds)
         return OpenLink(

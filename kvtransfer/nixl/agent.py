@@ -22,6 +22,8 @@ class Source:
 
     layout: KVLayout
     segment: Segment
+    name: str
+    """The agent's, drawn at random: so no two live ones are called alike."""
     metadata: bytes = field(repr=False)
 
 
@@ -30,7 +32,6 @@ class Peer:
     """Another worker, whose region can be read here."""
 
     source: Source
-    name: str
     slices: Any
     """A prepared list of all slices of its region."""
     users: int = 0
@@ -47,20 +48,24 @@ class Agent:
         api = library()
         segment = segment_of(region)
         try:
+            name = f"baton-{secrets.token_hex(8)}"
             config = api.nixl_agent_config(enable_prog_thread=False)  # it would take a whole core, idle or not
-            self._nixl = api.nixl_agent(f"baton-{secrets.token_hex(8)}", config)
+            self._nixl = api.nixl_agent(name, config)
             place = [(segment.address, segment.size_bytes, segment.device, "")]
             self._registered = self._nixl.register_memory(place, segment.mem_type)
             self._slices = self._prepare(_LOCAL, segment, region.layout)
-            self.source = Source(region.layout, segment, self._nixl.get_agent_metadata())
+            self.source = Source(region.layout, segment, name, self._nixl.get_agent_metadata())
             self._peers: set[Peer] = set()
         except failures() as error:
             raise TransferError(f"NIXL cannot use this worker's KV region: {error}.") from None
 
     def add(self, source: Source) -> Peer:
+        """One that is known by this name must have been removed: NIXL loses sight of its reads under way."""
         try:
-            name = self._nixl.add_remote_agent(source.metadata)
-            peer = Peer(source, _text(name), self._prepare(name, source.segment, source.layout))
+            name = _text(self._nixl.add_remote_agent(source.metadata))
+            if name != source.name:
+                raise TransferError("The sender's NIXL agent has another name than it said.")
+            peer = Peer(source, self._prepare(name, source.segment, source.layout))
         except failures() as error:
             raise TransferError(f"NIXL cannot reach the sender's region: {error}.") from None
         self._peers.add(peer)
@@ -74,7 +79,7 @@ class Agent:
         slices, peer.slices = peer.slices, None
         try:
             slices.release()
-            self._nixl.remove_remote_agent(peer.name)
+            self._nixl.remove_remote_agent(peer.source.name)
         except failures():
             pass  # it is gone already
 
@@ -96,6 +101,8 @@ class Agent:
         handle is released; before it must not be: NIXL lets go of reads under way without stopping them."""
         try:
             state = self._nixl.check_xfer_state(handle)
+        except library().nixlBind.nixlNotFoundError:
+            return False  # somebody took the peer's name: NIXL has lost sight of it, so it may land at any time
         except failures() as error:
             handle.release()
             raise TransferError(_lost(error)) from None

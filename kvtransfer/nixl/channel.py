@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+from contextlib import suppress
 from dataclasses import dataclass
 
 from baton.errors import TransferError
@@ -52,7 +53,8 @@ class Channel:
     def end(self) -> None:
         """Nothing more is sent, which tells the other end to do the same."""
         if not self._writer.is_closing():
-            self._writer.write_eof()
+            with suppress(OSError):  # the other end is gone
+                self._writer.write_eof()
 
     async def receive(self) -> Frame:
         """Raises Lost or Malformed."""
@@ -76,12 +78,16 @@ class Channel:
 
     async def until_end(self) -> None:
         """Until the other end sends nothing more; what it still sends is dropped."""
-        try:
+        with suppress(OSError):
             while await self._reader.read(BODY_BYTES_MAX):
                 pass
-        except OSError:
-            pass
 
     def cut(self) -> None:
         """Idempotent; wakes whoever receives."""
         self._writer.transport.abort()
+
+    async def closed(self) -> None:
+        """Cuts it, and returns when its socket is closed."""
+        self.cut()
+        with suppress(OSError):
+            await self._writer.wait_closed()

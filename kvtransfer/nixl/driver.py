@@ -17,7 +17,6 @@ from kvtransfer.nixl.pipeline import Ended, Pipeline, Read
 T = TypeVar("T")
 CLOSE_S = 1.0
 """What is under way when the driver closes has this long to end by itself; then the agent goes, and it with it."""
-MAKE_AGENT = Agent
 
 
 class Driver:
@@ -26,7 +25,7 @@ class Driver:
     All methods run on the loop.
     """
 
-    def __init__(self, region: Region, make_agent: Callable[[Region], Agent] = MAKE_AGENT) -> None:
+    def __init__(self, region: Region, make_agent: Callable[[Region], Agent] = Agent) -> None:
         self._region, self._make_agent = region, make_agent
         self._users = 0
         self._starting = asyncio.Lock()
@@ -140,8 +139,7 @@ class _Thread:
             while not self._is_over():
                 self._take_work()
                 self._report(self._pipeline.advance())
-                if not self._pipeline.is_busy:
-                    agent.progress()
+                agent.progress()
         finally:
             left = self._pipeline.give_up()
             agent.close()

@@ -63,6 +63,9 @@ class Inflow:
         self._is_over = True
         self._channel.cut()
 
+    async def closed(self) -> None:
+        await self._channel.closed()
+
     def on_ticket_closed(self, ticket: Ticket) -> None:
         if self._ticket is ticket:
             self._refuse(Fault.TICKET_CLOSED, is_failure=False)
@@ -170,8 +173,11 @@ class Inflow:
         local, remote = slice_indices(self._layout, layer, target), slice_indices(peer.source.layout, layer, source)
         self._reads += 1
         self._all_read.clear()
-        is_wanted = lambda: ticket.is_open and not self._is_over  # noqa: E731
-        self._receiver.begin(ticket, Read(peer, local, remote, size_bytes, is_wanted, ended))
+        self._receiver.begin(ticket, Read(peer, local, remote, size_bytes, lambda: self._wants(ticket), ended))
+
+    def _wants(self, ticket: Ticket) -> bool:
+        """Asked on NIXL's thread."""
+        return ticket.is_open and not self._is_over
 
     def _on_ended(self, size_bytes: int, started_s: float, ended: "asyncio.Future[None]") -> None:
         self._reads -= 1

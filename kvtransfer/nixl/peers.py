@@ -15,8 +15,8 @@ class Peers:
 
     def __init__(self, driver: Driver, idle_s: float = IDLE_S) -> None:
         self._driver, self._idle_s = driver, idle_s
-        self._peers: dict[bytes, Peer] = {}
-        """By the agent's metadata."""
+        self._peers: dict[str, Peer] = {}
+        """By the agent's name."""
         self._expiries: dict[Peer, asyncio.TimerHandle] = {}
         self._adding = asyncio.Lock()
 
@@ -26,7 +26,7 @@ class Peers:
     async def acquire(self, source: Source) -> Peer:
         """To be released as often as acquired. Raises TransferError where NIXL does not reach it."""
         async with self._adding:
-            peer = self._peers.get(source.metadata) or await self._add(source)
+            peer = self._peers.get(source.name) or await self._add(source)
         if peer.source != source:
             raise TransferError("The sender's region is not what it said before.")
         if peer.is_broken:
@@ -36,7 +36,7 @@ class Peers:
 
     async def _add(self, source: Source) -> Peer:
         peer = await self._driver.call(lambda agent: agent.add(source))
-        self._peers[source.metadata] = peer
+        self._peers[source.name] = peer
         self._expire_later(peer)
         return peer
 
@@ -48,7 +48,7 @@ class Peers:
 
     def release(self, peer: Peer) -> None:
         peer.users -= 1
-        if peer.users == 0 and self._peers.get(peer.source.metadata) is peer:
+        if peer.users == 0 and self._peers.get(peer.source.name) is peer:
             if peer.is_broken:
                 self._drop(peer)
             else:
@@ -59,7 +59,7 @@ class Peers:
 
     def _drop(self, peer: Peer) -> None:
         self._expiries.pop(peer, None)
-        del self._peers[peer.source.metadata]
+        del self._peers[peer.source.name]
         self._driver.submit(lambda agent: _remove(agent, peer))
 
     def close(self) -> None:

@@ -126,5 +126,5 @@ class NixlReceiver:
         try:
             await inflow.run()
         finally:
+            await inflow.closed()
             del self._inflows[inflow]
-            writer.transport.abort()

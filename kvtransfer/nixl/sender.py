@@ -81,6 +81,7 @@ class NixlSender:
     async def close(self) -> None:
         for connection in tuple(self.connections):
             await connection.close()
+            await connection.closed()
         if self._is_up:
             self._is_up = False
             await self.driver.release()
@@ -130,6 +131,10 @@ class NixlConnection(MeasuredConnection):
                 await _expect(self._channel, kind)
         except TimeoutError:
             raise TransferError(f"The receiver took nothing for {stall_timeout_s:g} s.") from None
+
+    async def closed(self) -> None:
+        """After `close`: returns when the socket is closed too."""
+        await self._channel.closed()
 
     def _interrupt(self) -> None:
         self._channel.end()

@@ -20,6 +20,7 @@ import hashlib
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
+from io import BytesIO
 from typing import ClassVar
 
 from baton.errors import TransferError
@@ -115,23 +116,23 @@ def layout_digest(layout: KVLayout) -> bytes:
     return hashlib.sha256(pack_layout(layout)).digest()[:DIGEST_BYTES]
 
 
-_LENGTH = struct.Struct("!I")
+_LENGTHS = struct.Struct("!II")
 
 
 def pack_source(source: Source) -> bytes:
-    layout = pack_layout(source.layout)
-    return _LENGTH.pack(len(layout)) + layout + source.segment.pack() + source.metadata
+    layout, name = pack_layout(source.layout), source.name.encode()
+    return _LENGTHS.pack(len(layout), len(name)) + layout + name + source.segment.pack() + source.metadata
 
 
 def unpack_source(data: bytes) -> Source:
     """Raises TransferError for anything that `pack_source` did not make; into the metadata only NIXL looks."""
-    if len(data) < _LENGTH.size:
-        raise TransferError("This is not a source that this version understands.")
-    (length,) = _LENGTH.unpack_from(data)
-    packed, rest = data[_LENGTH.size : _LENGTH.size + length], data[_LENGTH.size + length :]
-    layout = unpack_layout(packed)
-    size = Segment.FORMAT.size
-    return Source(layout, Segment.unpack(rest[:size], layout), rest[size:])
+    stream = BytesIO(data)
+    try:
+        layout_bytes, name_bytes = _LENGTHS.unpack(stream.read(_LENGTHS.size))
+        layout, name = unpack_layout(stream.read(layout_bytes)), stream.read(name_bytes).decode("ascii")
+    except (struct.error, UnicodeDecodeError):
+        raise TransferError("This is not a source that this version understands.") from None
+    return Source(layout, Segment.unpack(stream.read(Segment.FORMAT.size), layout), name, stream.read())
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ class Inflow(Protocol):
     def is_authenticated(self) -> bool: ...
 
     @property
+    def has_failed(self) -> bool: ...
+
+    @property
     def is_overdue(self) -> bool: ...
 
     def cut(self) -> None:
@@ -46,6 +49,10 @@ class SocketInflow:
     @property
     def is_authenticated(self) -> bool:
         return self._inlet.is_authenticated
+
+    @property
+    def has_failed(self) -> bool:
+        return self._inlet.has_failed
 
     @property
     def is_overdue(self) -> bool:

@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 
 from baton.clock import Clock
 from baton.ids import BlockId
@@ -10,6 +9,7 @@ from baton.layout import KVLayout
 from kvtransfer.interface import REPEATS_MAX, Region
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.runs import RUN_BYTES_MAX, Run, run_blocks_max, runs_of
+from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.proof import Greeting, Role, ticket_key
 from kvtransfer.tcp.wire import TRANSPORT, Fault, Header, Hello, Kind, layout_digest
 from kvtransfer.tickets import SECRET_BYTES, Ticket, TicketBook
@@ -18,23 +18,6 @@ LAND_VIEWS_MAX = 128
 """Received by one system call; of scattered blocks as of adjacent ones, RUN_BYTES_MAX at most."""
 _NO_SECRET = bytes(SECRET_BYTES)
 """Of tickets that there are not: they take as long to refuse as those with another secret."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a connection may keep the receiver waiting, in seconds."""
-
-    hello_s: float = 5.0
-    """From its start to its first proof of a ticket."""
-    stall_s: float = 30.0
-    """Between bytes of one frame."""
-    idle_s: float = 60.0
-    """Between frames while its ticket is closed; with an open one it may be silent as long as that is."""
-    linger_s: float = 1.0
-    """From a refusal until the connection is cut, so that the peer can read why."""
-
-
-PATIENCE = Patience()
 
 
 class _Refused(Exception):
@@ -79,6 +62,11 @@ class Inlet:
     @property
     def is_authenticated(self) -> bool:
         return self._ticket is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the connection was good for nothing, or is no more."""
+        return self._ticket is None or self.refusal is not None
 
     def buffers(self) -> list[memoryview]:
         """Where the next bytes go, one after the other; none is empty, and they are LAND_VIEWS_MAX at most."""
@@ -129,7 +117,6 @@ class Inlet:
 
     def _refuse(self, fault: Fault) -> None:
         self.refusal = fault
-        self._metrics.failed(TRANSPORT, "in")
         self._answer(Header(Kind.ERROR, 0, count=fault).pack())
 
     # Each yield is memory to fill, in order, with the ticket under which it lands; it resumes when that is full.

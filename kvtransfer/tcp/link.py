@@ -12,6 +12,7 @@ from kvtransfer.tcp.stream import SocketStream, Stream, connect_socket
 from kvtransfer.tcp.tls_stream import TlsStream
 from kvtransfer.tcp.wire import Header, Hello, Kind
 
+COUNT_MAX = 2**31
 _STALLED = "The receiver took nothing for {:g} s."
 
 
@@ -39,6 +40,11 @@ class Link:
     def failure(self) -> str | None:
         """Why it cannot be used any more; a sentence."""
         return self._answers.failure
+
+    @property
+    def is_reusable(self) -> bool:
+        """For another ticket: its frames' count must not come to an end on the way."""
+        return self.failure is None and self._count < COUNT_MAX
 
     async def greet(self, ticket: int, key: bytes, layout_digest: bytes) -> None:
         """Proves the ticket to the receiver, and has it prove itself."""
@@ -75,7 +81,7 @@ class Link:
         self._answers.fail("The connection is closed.")
 
     async def _ask(self, kind: Kind, ticket: int, answer: Kind, body: bytes = b"") -> bytes:
-        self._count = self._count + 1
+        self._count += 1
         answered = self._answers.expect(answer, self._count)
         await self.send([Header(kind, ticket, count=self._count).pack() + body])
         return await self._answered(answered)

@@ -6,13 +6,13 @@ import socket
 from collections.abc import Callable, Sequence
 
 from baton.clock import monotonic
-from baton.errors import TransferError
 from baton.ids import BlockId, RequestId
 from kvtransfer.interface import Offer
 from kvtransfer.port import Place
 from kvtransfer.tcp.inflow import Inflow, SocketInflow
-from kvtransfer.tcp.inlet import PATIENCE, Inlet, Patience
+from kvtransfer.tcp.inlet import Inlet
 from kvtransfer.tcp.listener import Listener
+from kvtransfer.tcp.patience import PATIENCE, Patience
 from kvtransfer.tcp.proof import NONCE_BYTES
 from kvtransfer.tcp.tls_inflow import TlsInflow
 from kvtransfer.tcp.wire import TRANSPORT, Address
@@ -20,8 +20,9 @@ from kvtransfer.tickets import TicketBook
 from kvtransfer.tls import TlsContexts
 
 CONNECTIONS_MAX = 4096
+"""Past it a new connection is closed at once."""
 UNAUTHENTICATED_MAX = 256
-"""Of these; past either bound a new connection is closed at once."""
+"""Of these; past it the oldest is cut: who holds a ticket proves it at once, so strangers do not keep others out."""
 SCRATCH_BYTES = 256 * 1024
 """Where bytes go that must not land; all connections write there and nobody reads."""
 
@@ -34,9 +35,8 @@ class TcpReceiver:
         self._tls = None if place.tls is None else TlsContexts(place.tls, is_server=True)
         self._tickets = TicketBook()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
-        self._inflows: set[Inflow] = set()
-        self._handshakes: set[asyncio.Task[None]] = set()
-        """Of those inflows whose TLS is not up yet."""
+        self._inflows: dict[Inflow, None] = {}
+        """Oldest first."""
         self._listener: Listener | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -70,9 +70,6 @@ class TcpReceiver:
         self._listener.close()
         if self._sweep is not None:
             self._sweep.cancel()
-        for handshake in self._handshakes:
-            handshake.cancel()
-        await asyncio.gather(*self._handshakes, return_exceptions=True)
         inflows = tuple(self._inflows)
         for inflow in inflows:
             inflow.cut()
@@ -82,36 +79,22 @@ class TcpReceiver:
     # ---- its connections
 
     def _on_socket(self, sock: socket.socket) -> None:
-        unauthenticated = sum(not inflow.is_authenticated for inflow in self._inflows)
-        if len(self._inflows) >= CONNECTIONS_MAX or unauthenticated >= UNAUTHENTICATED_MAX:
+        if len(self._inflows) >= CONNECTIONS_MAX:
             self._place.metrics.failed(TRANSPORT, "in")
             sock.close()
             return
+        unauthenticated = [inflow for inflow in self._inflows if not inflow.is_authenticated]
+        if len(unauthenticated) >= UNAUTHENTICATED_MAX:
+            unauthenticated[0].cut()
         if self._tls is None:
-            self._inflows.add(SocketInflow(sock, self._make_inlet, self._inflows.discard))
+            self._inflows[SocketInflow(sock, self._make_inlet, self._forget)] = None
         else:
-            self._begin_tls(sock, self._tls)
+            self._inflows[TlsInflow(sock, self._tls, self._make_inlet, self._forget, self._patience.hello_s)] = None
 
-    def _begin_tls(self, sock: socket.socket, tls: TlsContexts) -> None:
-        inflow = TlsInflow(self._make_inlet, self._inflows.discard)
-        self._inflows.add(inflow)
-        handshake = asyncio.get_running_loop().create_task(self._shake_hands(inflow, sock, tls))
-        self._handshakes.add(handshake)
-        handshake.add_done_callback(lambda _: self._on_shaken(handshake, inflow, sock))
-
-    async def _shake_hands(self, inflow: TlsInflow, sock: socket.socket, tls: TlsContexts) -> None:
-        loop, timeout_s = asyncio.get_running_loop(), self._patience.hello_s
-        await loop.connect_accepted_socket(lambda: inflow, sock, ssl=tls.current(), ssl_handshake_timeout=timeout_s)
-
-    def _on_shaken(self, handshake: asyncio.Task[None], inflow: TlsInflow, sock: socket.socket) -> None:
-        self._handshakes.discard(handshake)
-        error = None if handshake.cancelled() else handshake.exception()
-        if handshake.cancelled() or error is not None:
-            self._inflows.discard(inflow)
-            sock.close()
+    def _forget(self, inflow: Inflow) -> None:
+        if inflow.has_failed:
             self._place.metrics.failed(TRANSPORT, "in")
-        if error is not None and not isinstance(error, OSError | TransferError):
-            raise error  # what may be: it is gone, does no TLS, shows no good certificate, or ours are bad by now
+        self._inflows.pop(inflow, None)
 
     def _make_inlet(self, answer: Callable[[bytes], None]) -> Inlet:
         return Inlet(

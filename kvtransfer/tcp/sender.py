@@ -161,7 +161,7 @@ class TcpConnection(MeasuredConnection):
 
     def _release(self) -> None:
         self._sender.connections.discard(self)
-        if self._is_settled and self._link.failure is None:
+        if self._is_settled and self._link.is_reusable:
             self._sender.give_back(self._link, self._address)
         else:
             self._link.close(clean=False)

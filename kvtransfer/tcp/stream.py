@@ -51,16 +51,26 @@ class SocketStream:
             await self._send_batch(batch)
             await asyncio.sleep(0)  # the loop's turn: a socket that takes all at once would never yield
 
-    async def _send_batch(self, batch: Sequence[memoryview]) -> None:
+    async def _send_batch(self, batch: list[memoryview]) -> None:
+        while True:
+            try:
+                sent = self._sock.sendmsg(batch)
+            except BlockingIOError:
+                sent = 0
+            batch = rest_of(batch, sent)
+            if not batch:
+                return
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._writable()
+
+    async def _writable(self) -> None:
+        """Returns when the socket takes more, or has failed; `shut` wakes it too."""
+        writable = asyncio.Event()
+        self._loop.add_writer(self._sock, writable.set)
         try:
-            sent = self._sock.sendmsg(batch)
-        except BlockingIOError:
-            sent = 0
-        for view in batch:
-            if sent < len(view):
-                async with asyncio.timeout(self._stall_timeout_s):
-                    await self._loop.sock_sendall(self._sock, view[sent:])
-            sent = max(0, sent - len(view))
+            await writable.wait()
+        finally:
+            self._loop.remove_writer(self._sock)
 
     def listen(self) -> None:
         if self._sock.fileno() < 0:
@@ -138,6 +148,15 @@ def batches(views: Sequence[memoryview | bytes]) -> Iterator[list[memoryview]]:
                 batch, room = [], SEND_BYTES
     if batch:
         yield batch
+
+
+def rest_of(batch: list[memoryview], sent: int) -> list[memoryview]:
+    """What is left of a batch after its first `sent` bytes."""
+    for i, view in enumerate(batch):
+        if sent < len(view):
+            return [view[sent:], *batch[i + 1 :]]
+        sent -= len(view)
+    return []
 
 
 def _reason(error: OSError) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 from baton.clock import Clock
 from baton.errors import TransferError
 from baton.ids import BlockId
-from kvtransfer.interface import Region
+from kvtransfer.interface import REPEATS_MAX, Region
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.runs import run_blocks_max
 from kvtransfer.tcp.proof import NONCE_BYTES, Greeting, Role, ticket_key
@@ -32,7 +32,7 @@ from kvtransfer.ucx.wire import (
     unpack_runs,
 )
 
-POSTED_MAX = 16
+POSTED_MAX = 32
 """Messages that wait for their bytes at one time: what a sender has under way."""
 FRAMES_MAX = 16
 """Kept while they wait; past it nothing more is read from the connection."""
@@ -233,7 +233,7 @@ class Inlet:
         layout = self._region.layout
         blocks = sum(run.blocks for run in runs)
         is_sound = all(1 <= run.blocks <= run_blocks_max(layout) for run in runs)
-        if layer >= layout.layers or not is_sound or not 1 <= blocks <= len(ticket.blocks):
+        if layer >= layout.layers or not is_sound or not 1 <= blocks <= max(len(ticket.blocks), REPEATS_MAX):
             raise _Refused(Fault.MALFORMED)
         for run in runs:
             if not ticket.blocks.issuperset(map(BlockId, range(run.first, run.first + run.blocks))):

@@ -18,6 +18,8 @@ from kvtransfer.ucx.library import Context
 
 BURST_S = 0.0005
 """Of work between two turns of the loop, give or take a step of UCX's."""
+STEPS_MAX = 64
+"""Of UCX's, to end what was under way when a lane is closed: a few are enough."""
 Done = Callable[[TransferError | None], None]
 
 
@@ -25,7 +27,7 @@ Done = Callable[[TransferError | None], None]
 class _Message:
     request: int
     done: Done
-    holder: object
+    view: memoryview
     """Keeps the memory."""
 
 
@@ -37,6 +39,7 @@ class Lane:
         self._ucx, self._clock = context.ucx, clock
         self._worker: Any = context.make_worker()
         self._endpoint: Any = None
+        self._to = 0
         self._handle: int = self._worker.handle
         self._fd: int = self._worker.epoll_file_descriptor
         self._under_way: list[_Message] = []
@@ -56,6 +59,7 @@ class Lane:
         try:
             there = api.UCXAddress.create_from_buffer(address)
             self._endpoint = self._worker.create_endpoint_from_worker_address(there, True)
+            self._to = self._endpoint.handle
         except (api.UCXError, RuntimeError, ValueError) as error:
             raise TransferError(f"UCX could not connect to the peer: {error}.") from None
         self._advance_soon()
@@ -63,16 +67,14 @@ class Lane:
     def send(self, view: memoryview, tag: int, done: Done) -> None:
         """`done` is called from the loop once the view may change again, never after `close`."""
         assert self._endpoint is not None
-        bytes_ = np.frombuffer(view, np.uint8)
-        self._begin(self._ucx.send(self._endpoint.handle, bytes_.ctypes.data, bytes_.nbytes, tag), done, bytes_)
+        self._begin(self._ucx.send(self._to, _address(view), view.nbytes, tag), done, view)
 
     def receive(self, view: memoryview, tag: int, done: Done) -> None:
         """`done` is called from the loop once the view is filled, never after `close`."""
-        bytes_ = np.frombuffer(view, np.uint8)
-        self._begin(self._ucx.receive(self._handle, bytes_.ctypes.data, bytes_.nbytes, tag), done, bytes_)
+        self._begin(self._ucx.receive(self._handle, _address(view), view.nbytes, tag), done, view)
 
-    def _begin(self, request: int, done: Done, holder: object) -> None:
-        self._under_way.append(_Message(request, done, holder))
+    def _begin(self, request: int, done: Done, view: memoryview) -> None:
+        self._under_way.append(_Message(request, done, view))
         self._advance_soon()
 
     @property
@@ -87,9 +89,26 @@ class Lane:
         if self._soon is not None:
             self._soon.cancel()
         if self._endpoint is not None:
-            self._endpoint.close_blocking()
+            self._endpoint.close_blocking()  # by that all that has found its other end is cancelled
+        self._finish()
+        for message in self._under_way:
+            self._ucx.cancel(self._handle, message.request)  # what still waits for the peer
+        self._finish()
         self._endpoint = self._worker = None
         self._under_way.clear()
+
+    def _finish(self) -> None:
+        """UCX is left with no request and no work of its own: destroyed in the middle of it, it frees memory twice."""
+        for _ in range(STEPS_MAX):
+            if not self._ucx.progress(self._handle) and not self._under_way:
+                return
+            self._under_way = [message for message in self._under_way if not self._is_over(message)]
+
+    def _is_over(self, message: _Message) -> bool:
+        try:
+            return not message.request or self._ucx.is_done(message.request)
+        except TransferError:
+            return True
 
     # ---- progress
 
@@ -128,3 +147,8 @@ class Lane:
             message.done(error)
             if self._worker is None:
                 return
+
+
+def _address(view: memoryview) -> int:
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address

@@ -51,7 +51,8 @@ class Ucx:
         ucp.ucp_tag_send_nbx.restype = ucp.ucp_tag_recv_nbx.restype = pointer
         ucp.ucp_request_check_status.argtypes = ucp.ucp_request_free.argtypes = (pointer,)
         ucp.ucp_request_check_status.restype = ctypes.c_int8
-        ucp.ucp_request_free.restype = None
+        ucp.ucp_request_cancel.argtypes = (pointer, pointer)
+        ucp.ucp_request_free.restype = ucp.ucp_request_cancel.restype = None
         ucp.ucp_worker_progress.argtypes = (pointer,)
         ucp.ucp_worker_progress.restype = ctypes.c_uint
 
@@ -63,6 +64,10 @@ class Ucx:
         """A request, or 0 if it is done already. The bytes are written until it is."""
         exactly = 2**64 - 1
         return self._begun(self._ucp.ucp_tag_recv_nbx(worker, address, size_bytes, tag, exactly, self._parameters))
+
+    def cancel(self, worker: int, request: int) -> None:
+        """It is done soon, unless bytes are moving already."""
+        self._ucp.ucp_request_cancel(worker, request)
 
     def is_done(self, request: int) -> bool:
         """Once it is, the request is gone. Raises TransferError if it failed."""

@@ -13,8 +13,8 @@ from kvtransfer.ucx.lane import Lane
 from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.wire import COUNT, FAULT, TRIAL_BYTES, Fault, Frame, Hello, Kind, Welcome, tag_of
 
-UNDER_WAY_MAX = 16
-"""Messages, of a run each."""
+UNDER_WAY_MAX = 32
+"""Messages, of a run each; when it is reached, more are sent once half of them are done."""
 EXPLANATION_S = 0.5
 """How long after UCX lost the peer its last words are waited for, which say more."""
 LOST = "The receiver closed the connection."
@@ -37,9 +37,9 @@ class Link:
         self._tags, self._number = 0, 0
         self._answers: dict[tuple[Kind, int], asyncio.Future[Frame]] = {}
         """Awaited, by kind and count."""
-        self._under_way = 0
-        self._news = asyncio.Event()
-        """A message is done, or the link failed."""
+        self._under_way, self._enough = 0, 0
+        self._is_enough = asyncio.Event()
+        """No more messages are under way than is enough for who waits, or the link failed."""
         self.failure: str | None = None
         """Why it cannot be used any more; a sentence."""
 
@@ -101,11 +101,10 @@ class Link:
         assert self._channel is not None
         self._channel.send(announcement)
         for view in views:
-            while self._under_way >= UNDER_WAY_MAX:
-                await self._progress()
+            if self._under_way >= UNDER_WAY_MAX:
+                await self._until_left(UNDER_WAY_MAX // 2)
             self._send(view)
-        while self._under_way:
-            await self._progress()
+        await self._until_left(0)
 
     async def fence(self) -> None:
         self._fences += 1
@@ -131,7 +130,7 @@ class Link:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(TransferError(failure))
-        self._news.set()
+        self._is_enough.set()
 
     # ---- messages
 
@@ -147,18 +146,21 @@ class Link:
 
     def _on_sent(self, error: TransferError | None) -> None:
         self._under_way -= 1
-        self._news.set()
+        if self._under_way <= self._enough:
+            self._is_enough.set()
         if error is not None:
             asyncio.get_running_loop().call_later(EXPLANATION_S, self.close, LOST)
 
-    async def _progress(self) -> None:
-        """Returns when a message is done."""
-        self._news.clear()
-        try:
-            async with asyncio.timeout(self._stall_timeout_s):
-                await self._news.wait()
-        except TimeoutError:
-            raise self._failed(_STALLED.format(self._stall_timeout_s)) from None
+    async def _until_left(self, messages: int) -> None:
+        """Returns when no more are under way."""
+        if self._under_way > messages:
+            self._enough = messages
+            self._is_enough.clear()
+            try:
+                async with asyncio.timeout(self._stall_timeout_s):
+                    await self._is_enough.wait()
+            except TimeoutError:
+                raise self._failed(_STALLED.format(self._stall_timeout_s)) from None
         self.check()
 
     # ---- answers

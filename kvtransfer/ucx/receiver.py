@@ -28,7 +28,7 @@ class UcxReceiver:
     def __init__(self, place: Place, context: Context, patience: Patience = PATIENCE) -> None:
         self.place, self.context, self._patience = place, context, patience
         self.tickets = TicketBook()
-        self._inflows: set[_Inflow] = set()
+        self.inflows: set[_Inflow] = set()
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -62,7 +62,7 @@ class UcxReceiver:
             self._withdraw(ticket)
 
     def _withdraw(self, ticket: Ticket) -> None:
-        for inflow in tuple(self._inflows):
+        for inflow in tuple(self.inflows):
             if inflow.inlet.ticket is ticket and inflow.inlet.is_landing:
                 inflow.refuse(Fault.TICKET_CLOSED)
 
@@ -76,7 +76,7 @@ class UcxReceiver:
         if self._sweep is not None:
             self._sweep.cancel()
         self._server.close()
-        inflows = tuple(self._inflows)
+        inflows = tuple(self.inflows)
         for inflow in inflows:
             inflow.cut()
         for inflow in inflows:
@@ -87,17 +87,13 @@ class UcxReceiver:
 
     # ---- for its connections
 
-    def welcome(self, inflow: "_Inflow") -> bool:
-        """Whether there is room for one more connection."""
-        unauthenticated = sum(other.inlet.ticket is None for other in self._inflows)
-        if len(self._inflows) >= LINKS_MAX or unauthenticated >= UNAUTHENTICATED_MAX:
+    def has_room(self) -> bool:
+        """Whether one more connection may come in."""
+        unauthenticated = sum(inflow.inlet.ticket is None for inflow in self.inflows)
+        if len(self.inflows) >= LINKS_MAX or unauthenticated >= UNAUTHENTICATED_MAX:
             self.place.metrics.failed(TRANSPORT, "in")
             return False
-        self._inflows.add(inflow)
         return True
-
-    def forget(self, inflow: "_Inflow") -> None:
-        self._inflows.discard(inflow)
 
     def _sweep_later(self) -> None:
         patience = self._patience
@@ -105,7 +101,7 @@ class UcxReceiver:
         self._sweep = asyncio.get_running_loop().call_later(interval_s, self._cut_the_overdue)
 
     def _cut_the_overdue(self) -> None:
-        for inflow in tuple(self._inflows):
+        for inflow in tuple(self.inflows):
             if inflow.inlet.is_overdue(self._patience):
                 inflow.cut()
         self._sweep_later()
@@ -124,17 +120,19 @@ class _Inflow:
 
     def on_connected(self, channel: Channel) -> None:
         self._channel = channel
+        if not self._receiver.has_room():
+            channel.abort()
+            return
         place, tickets = self._receiver.place, self._receiver.tickets
         ways = self._open_lane, channel.send, self._on_change
         self.inlet = Inlet(place.region, tickets, place.secret, *ways, place.metrics, monotonic)
-        if not self._receiver.welcome(self):
-            channel.abort()
+        self._receiver.inflows.add(self)
 
     def on_frame(self, frame: Frame) -> None:
         self.inlet.take(frame)
 
     def on_lost(self) -> None:
-        self._receiver.forget(self)
+        self._receiver.inflows.discard(self)
         self._close_lane()
         self.ended.set()
 

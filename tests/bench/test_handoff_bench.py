@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
@@ -43,6 +44,8 @@ def test_ways_are_compared_turn_by_turn() -> None:
     samples = [made for a, b in pairs for made in (sample("local", a), sample("streamed", b))]
     row = Row("shm", 2000, samples)
     assert row.ratio("streamed", "local", lambda s: s.ttft_s) == pytest.approx(1.1)
+    assert row.ratio_of_best("streamed", "local", lambda s: s.ttft_s) == pytest.approx(1.1)
+    assert row.ratio_of_best("streamed", "send_after", lambda s: s.ttft_s) is None
     assert row.middle("local", lambda s: s.ttft_s) == 2.0
     assert row.middle("send_after", lambda s: s.ttft_s) is None
     assert row.ratio("streamed", "send_after", lambda s: s.ttft_s) is None
@@ -101,7 +104,7 @@ async def served(worker: ScriptedWorker) -> AsyncIterator[Cluster]:
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
-        yield Cluster({"streamed": "p:1", "after_prefill": "p:2"}, {"always": address})
+        yield Cluster({"streamed": "p:1", "after_prefill": "p:2"}, {"always": address}, "shm")
     finally:
         await server.stop(None)
 
@@ -122,6 +125,15 @@ def test_every_way_is_asked_and_no_prompt_is_in_a_cache() -> None:
             assert sorted(c.address for submit in turn for c in submit.prefill_candidates) == ["p:1", "p:2"]
         streamed = rows[0].of("streamed")[0]
         assert (streamed.prefill_s, streamed.transfer_s, streamed.transfer_bytes) == (0.5, 0.25, 100)
+
+    asyncio.run(scenario())
+
+
+def test_another_transport_than_asked_for_ends_the_run() -> None:
+    async def scenario() -> None:
+        async with served(ScriptedWorker()) as shm, driving(replace(shm, transport="tcp"), 200, 1) as driver:
+            with pytest.raises(RequestFailed, match=r"streamed, 3 tokens: it came by shm instead"):
+                await measure(driver, "tcp", [3], 1, lambda: None)
 
     asyncio.run(scenario())
 

@@ -118,6 +118,18 @@ def test_a_flipped_bit_is_caught_and_the_block_sent_again(with_pair: Run, tokens
     with_pair(test)
 
 
+def test_the_digests_go_on_with_the_blocks(with_pair: Run) -> None:
+    async def test(pair: Pair) -> None:
+        assert is_apart(await pair.ask(PROMPT, GREEDY))
+        known = await pair.decode._host.engine.call(lambda engine: engine._digests.known())
+        digests = {block: digest for block, digest in known.items() if digest is not None}
+        assert len(digests) >= len(PROMPT) // 8, "those of all whole blocks of the prompt, without digesting them again"
+        blocks = list(digests)
+        assert list(pair.decode._host.engine.region.digests(blocks)) == list(digests.values())
+
+    with_pair(test)
+
+
 def test_a_block_that_stays_wrong_is_computed_here(with_pair: Run, tokens: list[int]) -> None:
     async def test(pair: Pair) -> None:
         wrap_connections(pair, flipping(pair, times=1000))

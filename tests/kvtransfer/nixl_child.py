@@ -25,7 +25,7 @@ class StopsOnceAnnounced(nixl_sender.NixlConnection):
 
     async def _announce(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         if self.bytes_written:
-            Agent.progress = lambda agent: None  # type: ignore[method-assign]
+            Agent.progress = lambda _: None  # type: ignore[method-assign]
         await super()._announce(layer, source, target)
 
     async def _answer(self, kind: Kind) -> None:

@@ -17,7 +17,7 @@ from kvtransfer.interface import Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.port import Place
 from kvtransfer.region import HostRegion
-from kvtransfer.tcp.inlet import PATIENCE, Patience
+from kvtransfer.tcp.patience import PATIENCE, Patience
 from kvtransfer.tcp.proof import Greeting, Role, ticket_key
 from kvtransfer.tcp.receiver import TcpReceiver
 from kvtransfer.tcp.sender import TcpSender

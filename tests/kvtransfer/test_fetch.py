@@ -388,6 +388,14 @@ def test_a_stream_that_begins_or_goes_on_wrong_is_refused() -> None:
     fetching(test)
 
 
+def test_a_stream_that_says_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(both: Rig) -> None:
+        assert await _answer(both) in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+    monkeypatch.setattr(servicer, "TICKET_TIMEOUT_S", 0.1)
+    fetching(test)
+
+
 async def _until_verified(both: Rig, blocks: int) -> None:
     def verified() -> float | None:
         return both.metrics.get_sample_value("baton_kv_blocks_verified_total", {"result": "match"})

@@ -14,7 +14,8 @@ from baton.ids import BlockId
 from baton.layout import KVLayout
 from baton.rpc import transfer_pb2
 from baton.rpc.convert import layout_to_proto
-from kvtransfer.link.expectation import WRITE_OVERHEAD_S, Expectations, measure_memory
+from kvtransfer.link.conversation import REASON_CHARS_MAX, shortened
+from kvtransfer.link.expectation import SLICE_OVERHEAD_S, WRITE_OVERHEAD_S, Expectations, measure_memory
 from kvtransfer.link.identity import LinkIdentity, check_hello
 from kvtransfer.link.metrics import LinkMetrics, OpenLink
 from kvtransfer.link.probe import (
@@ -124,27 +125,33 @@ def of_speed(bytes_per_s: float, latency_s: float = 1e-5) -> Measured:
     return Measured(Sample(1000, latency_s), Sample(round(bytes_per_s), 1.0))
 
 
-def test_within_a_machine_a_share_of_its_memory_is_expected() -> None:
-    expectations = Expectations(memory=lambda: 1e10)
-    assert expectations.bytes_per_s_min("shm", of_speed(1e9), 2**30) == pytest.approx(0.25 * 1e10, rel=0.01)
-    small = expectations.bytes_per_s_min("shm", of_speed(1e9), 1000)
-    assert small == pytest.approx(1000 / WRITE_OVERHEAD_S, rel=0.01)
+def expected(expectations: Expectations, transport: str, latency_s: float = 1e-5, layout: KVLayout = LARGE) -> float:
+    return asyncio.run(expectations.bytes_per_s_min(transport, of_speed(1e9, latency_s), layout))
+
+
+def test_within_a_machine_a_share_of_its_memory_is_expected_less_what_writes_cost() -> None:
+    slow_memory = Expectations(memory=lambda: 1e8)
+    assert expected(slow_memory, "shm") == pytest.approx(0.25 * 1e8, rel=0.01)
+    assert expected(slow_memory, "nixl") == pytest.approx(0.1 * 1e8, rel=0.01)
+    write_s = WRITE_OVERHEAD_S + 2 * 64 * SLICE_OVERHEAD_S
+    small = expected(Expectations(memory=lambda: 1e12), "shm", layout=SOURCE_LAYOUT)
+    assert small == pytest.approx(bulk_write_bytes(SOURCE_LAYOUT) / write_s, rel=0.01)
 
 
 def test_networks_are_judged_by_what_the_operator_says_alone() -> None:
-    assert Expectations(memory=lambda: 1e10).bytes_per_s_min("tcp", of_speed(1), 2**20) == 0
-    assert Expectations(memory=lambda: 1e10).bytes_per_s_min("nixl", of_speed(1, latency_s=0.01), 2**20) == 0
+    assert expected(Expectations(memory=lambda: 1e10), "tcp") == 0
+    assert expected(Expectations(memory=lambda: 1e10), "nixl", latency_s=0.01) == 0
     for transport in ("tcp", "shm", "ucx"):
-        assert Expectations(5e9).bytes_per_s_min(transport, of_speed(1), 2**20) == 5e9
+        assert expected(Expectations(5e9), transport) == 5e9
 
 
 def test_the_memory_is_measured_once_and_only_when_needed() -> None:
     calls = []
     expectations = Expectations(memory=lambda: calls.append(1) or 1e10)  # type: ignore[func-returns-value]
-    expectations.bytes_per_s_min("tcp", of_speed(1), 2**20)
+    expected(expectations, "tcp")
     assert not calls
     for _ in range(2):
-        expectations.bytes_per_s_min("shm", of_speed(1), 2**20)
+        expected(expectations, "shm")
     assert len(calls) == 1
 
 
@@ -192,10 +199,25 @@ def test_another_layout_is_refused_and_named() -> None:
         check_hello(other, ME, makes_digests=True)
 
 
-@pytest.mark.parametrize("fields", [{"nonce": b"short"}, {"worker_id": ""}, {"worker_id": "x" * 257}])
+@pytest.mark.parametrize(
+    "fields", [{"nonce": b"short"}, {"worker_id": ""}, {"worker_id": "x" * 257}, {"worker_id": "a\nb"}]
+)
 def test_what_no_worker_says_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
         check_hello(hello(**fields), ME, makes_digests=True)
+
+
+@pytest.mark.parametrize("names", [["tcp\x1b"], ["x" * 33], ["tcp"] * 17, [""]])
+def test_what_is_no_transports_name_is_refused(names: list[str]) -> None:
+    message = hello()
+    message.transports.extend(names)
+    with pytest.raises(InvalidRequest):
+        check_hello(message, ME, makes_digests=True)
+
+
+def test_a_reason_that_travels_is_one_short_line() -> None:
+    assert shortened("no\n such \x1b[31mdevice") == "no such ?[31mdevice"
+    assert len(shortened("x" * 10_000)) == REASON_CHARS_MAX
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float7"}, {"layers": 0}, {"blocks": 2**32 - 1, "head_dim": 2**32 - 1}])

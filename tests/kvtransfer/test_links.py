@@ -8,7 +8,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
 from link_rig import SECRET, Rig, Side, make_sender, rig
 from transfer_rig import TARGET_LAYOUT, StagedRegion
 
@@ -17,7 +19,9 @@ from baton.errors import BatonError, TransferError, Unauthorized, Unavailable
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
 from baton.rpc import transfer_pb2, transfer_pb2_grpc, worker_pb2
+from baton.rpc.convert import layout_to_proto
 from kvtransfer import registry
+from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
 from kvtransfer.link import client, conversation, sender, servicer
 from kvtransfer.link.client import REFUSED_S, UNREACHABLE_S, Links
@@ -47,9 +51,12 @@ def ticket_of(link: client.Link) -> worker_pb2.Ticket:
 # ---- made
 
 
-@pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "nixl", "ucx", "tcp"])
 @pytest.mark.parametrize("secret", [SECRET, None])
 def test_a_link_is_made_tested_and_used(transport: str, secret: bytes | None) -> None:
+    if (reason := registry.find_transport(transport).missing()) is not None:
+        pytest.skip(reason)
+
     async def test(both: Rig) -> None:
         link = await both.receiver.links.to(both.sender.address)
         assert (link.transport, link.worker_id, link.is_up) == (transport, "prefill-0", True)
@@ -576,6 +583,97 @@ def test_a_stranger_costs_one_call(
         assert (await both.receiver.links.to(both.sender.address)).is_up
 
     run(test)
+
+
+def test_a_receiver_that_stalls_after_its_proof_costs_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servicer, "LINK_TIMEOUT_S", 0.1)
+
+    async def test(both: Rig) -> None:
+        call = transfer_pb2_grpc.TransferStub(await both.channels.to(both.sender.address)).Link()
+        for message in (HELLO, ANSWER):
+            await call.write(message)
+        responses = [await call.read(), await call.read()]
+        assert [response.WhichOneof("message") for response in responses] == ["challenge", "try"]
+        with pytest.raises(grpc.aio.AioRpcError, match="not made within"):
+            await call.read()
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert not len(both.sender.book) and not both.sender.book._handshakes
+
+    run(test, Side(["inproc"], None))
+
+
+def _messages() -> st.SearchStrategy[transfer_pb2.LinkRequest]:
+    """What a stranger may send, the beginning of a handshake among it."""
+    layout = st.sampled_from([None, layout_to_proto(TARGET_LAYOUT)])
+    hello = st.builds(
+        transfer_pb2.LinkHello,
+        version=st.integers(0, 2),
+        worker_id=st.text(max_size=4),
+        nonce=st.sampled_from([b"", b"n" * 32]),
+        fingerprint=st.sampled_from(["f", "g"]),
+        layout=layout,
+        transports=st.lists(st.sampled_from(["inproc", "tcp", "shm", "\n"]), max_size=3),
+    )
+    offer = st.builds(
+        transfer_pb2.TransportOffer,
+        transport=st.sampled_from(["inproc", "tcp"]),
+        descriptor=st.binary(max_size=40),
+    )
+    probe = st.builds(transfer_pb2.LinkProbe, offer=offer) | st.builds(transfer_pb2.LinkProbe, failure=st.text())
+    answer = st.builds(transfer_pb2.LinkAnswer, proof=st.sampled_from([b"", b"p" * 32]))
+    verified = st.builds(transfer_pb2.LinkVerified, failure=st.text(max_size=4))
+    kinds = {"hello": hello, "answer": answer, "probe": probe, "verified": verified}
+    return st.one_of(*(st.builds(transfer_pb2.LinkRequest, **{name: kind}) for name, kind in kinds.items()))
+
+
+class _Aborted(Exception):
+    pass
+
+
+class _StrangersCall:
+    """A ServicerContext that a stranger has sent all his messages to."""
+
+    def __init__(self, messages: list[transfer_pb2.LinkRequest]) -> None:
+        self._messages = iter(messages)
+
+    async def read(self) -> object:
+        return next(self._messages, grpc.aio.EOF)
+
+    async def write(self, message: transfer_pb2.LinkResponse) -> None:
+        assert message.WhichOneof("message") != "ready"
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        assert code is not grpc.StatusCode.INTERNAL and details.isprintable()
+        raise _Aborted
+
+
+HELLO = transfer_pb2.LinkRequest(
+    hello=transfer_pb2.LinkHello(
+        version=1,
+        worker_id="x",
+        nonce=b"n" * 32,
+        fingerprint="f",
+        layout=layout_to_proto(TARGET_LAYOUT),
+        transports=["inproc"],
+    )
+)
+ANSWER = transfer_pb2.LinkRequest(answer=transfer_pb2.LinkAnswer())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(_messages(), max_size=4), st.sampled_from([[], [HELLO], [HELLO, ANSWER]]), st.booleans())
+def test_whatever_a_stranger_says_ends_in_a_refusal(
+    messages: list[transfer_pb2.LinkRequest], before: list[transfer_pb2.LinkRequest], is_open: bool
+) -> None:
+    async def main() -> None:
+        sender = make_sender(Side(["inproc"], None if is_open else SECRET), InprocHub())
+        with pytest.raises(_Aborted):
+            await sender.book.serve(_StrangersCall([*before, *messages]))  # type: ignore[arg-type]
+        assert not len(sender.book) and not sender.book._handshakes
+        await sender.ports.close()
+        sender.region.close()
+
+    asyncio.run(main())
 
 
 def test_handshakes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -105,9 +106,21 @@ async def write_for_ever(connection: Connection) -> None:
         await connection.write(0, EVERYTHING, EVERYTHING)
 
 
+async def gone(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+    with suppress(OSError):
+        await writer.wait_closed()
+
+
 async def begun(receiver: Any, *or_done: asyncio.Future[None]) -> None:
-    while not receiver._reads and not any(future.done() for future in or_done):
+    while not receiver._reads and not any(future.done() for future in or_done):  # noqa: ASYNC110
         await asyncio.sleep(0)
+
+
+async def under_way(receiver: Any) -> None:
+    """Begun on NIXL's thread too: closing the ticket does not keep it from beginning any more."""
+    while not receiver.driver._thread._pipeline._under_way:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
 
 
 # ---- in one process
@@ -249,7 +262,7 @@ def test_a_stranger_who_knows_the_ticket_is_refused_by_the_receiver_as_well() ->
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(await reader.read(4096))
         await reader.read()
-        writer.transport.abort()
+        await gone(writer)
 
     in_pair(scenario)
 
@@ -266,7 +279,7 @@ def test_what_is_no_hello_costs_one_connection(said: bytes) -> None:
         writer.write_eof()
         with suppress(ConnectionError):
             assert len(await reader.read()) <= 16
-        writer.transport.abort()
+        await gone(writer)
         connection = await ends.sender.connect(REQUEST, [offer], TARGET_LAYOUT)
         await connection.write(0, ids(1), ids(1))
 
@@ -339,6 +352,26 @@ def test_settling_waits_for_the_reads_of_the_request_and_no_other() -> None:
     in_pair(scenario)
 
 
+def test_a_source_that_nixl_does_not_understand_is_refused() -> None:
+    async def scenario(ends: Pair) -> None:
+        offer = ends.open(ids(1))
+        first = await ends.sender.connect(REQUEST, [offer], TARGET_LAYOUT)
+        port: Any = ends.sender._ports[TRANSPORT]
+        agent = port.sender.driver._thread.agent_made.result()
+        source = agent.source
+        nonsense = [b"", b"nonsense", bytes(len(source.metadata))]
+        for name, metadata in [(source.name, source.metadata[:-9]), *(("another", data) for data in nonsense)]:
+            agent.source = replace(source, name=name, metadata=metadata)
+            with pytest.raises(TransferError, match="could not read"):
+                await ends.sender.connect(REQUEST, [offer], TARGET_LAYOUT)
+        agent.source = replace(source, segment=replace(source.segment, address=4096))
+        with pytest.raises(TransferError, match="could not read"):
+            await ends.sender.connect(REQUEST, [offer], TARGET_LAYOUT)
+        await first.write(0, ids(1), ids(1))
+
+    in_pair(scenario)
+
+
 # ---- between two
 
 
@@ -403,7 +436,7 @@ def test_what_a_stopped_sender_leaves_under_way_keeps_its_blocks_until_it_has_en
         receiver = await receiver_of(region)
         pipe.send(sendable(receiver.open(TRANSPORT, REQUEST, EVERYTHING)))
         assert await heard(pipe) == "stopping"
-        await begun(receiver._ports[TRANSPORT].receiver)
+        await under_way(receiver._ports[TRANSPORT].receiver)
         receiver.close_ticket(REQUEST)
         settling = asyncio.ensure_future(receiver.settle(REQUEST))
         await asyncio.wait((settling,), timeout=0.3)

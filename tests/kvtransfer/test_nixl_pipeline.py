@@ -20,7 +20,7 @@ from kvtransfer.nixl.pipeline import Pipeline, Read, Unwanted
 from kvtransfer.nixl.segment import HOST, Segment
 
 LAYOUT = KVLayout(layers=1, blocks=4, block_tokens=4, kv_heads=2, head_dim=8, dtype="float32")
-PEER = Peer(Source(LAYOUT, Segment(HOST, 4096, LAYOUT.region_bytes, 0), b"metadata"), "peer", None)
+PEER = Peer(Source(LAYOUT, Segment(HOST, 4096, LAYOUT.region_bytes, 0), "peer", b"metadata"), None)
 NONE = np.array([], np.int32)
 
 
@@ -167,7 +167,7 @@ def test_peers_are_added_once_and_a_broken_one_anew_when_its_last_user_has_gone(
 
         async def call(self, work: Any) -> Peer:
             del work
-            self.added.append(Peer(PEER.source, "peer", None))
+            self.added.append(Peer(PEER.source, None))
             return self.added[-1]
 
         def submit(self, work: Any) -> None:
@@ -180,7 +180,7 @@ def test_peers_are_added_once_and_a_broken_one_anew_when_its_last_user_has_gone(
         first, second = await asyncio.gather(peers.acquire(PEER.source), peers.acquire(PEER.source))
         assert first is second
         with pytest.raises(TransferError, match="not what it said"):
-            await peers.acquire(Source(LAYOUT, Segment(HOST, 8192, LAYOUT.region_bytes, 0), b"metadata"))
+            await peers.acquire(Source(LAYOUT, Segment(HOST, 8192, LAYOUT.region_bytes, 0), "peer", b"metadata"))
         first.is_broken = True
         peers.release(first)
         with pytest.raises(TransferError, match="broken"):

@@ -19,7 +19,7 @@ from kvtransfer.nixl.wire import Address, Fault, Header, Hello, Kind, pack_sourc
 from kvtransfer.region import HostRegion
 
 LAYOUT = KVLayout(layers=2, blocks=5, block_tokens=4, kv_heads=2, head_dim=8, dtype="float32")
-SOURCE = Source(LAYOUT, Segment(DEVICE, 1 << 40, LAYOUT.region_bytes, 3), b"metadata")
+SOURCE = Source(LAYOUT, Segment(DEVICE, 1 << 40, LAYOUT.region_bytes, 3), "agent", b"metadata")
 
 
 class FakeWriter:
@@ -82,9 +82,9 @@ def test_a_changed_source_is_refused_or_unlike(position: int, change: int) -> No
 def test_a_source_whose_size_is_not_its_layouts_is_refused() -> None:
     for segment in (Segment(HOST, 4096, LAYOUT.region_bytes - 1, 0), Segment(9, 4096, LAYOUT.region_bytes, 0)):
         with pytest.raises(TransferError, match="memory"):
-            unpack_source(pack_source(Source(LAYOUT, segment, b"")))
+            unpack_source(pack_source(Source(LAYOUT, segment, "agent", b"")))
     with pytest.raises(TransferError, match="memory"):
-        unpack_source(pack_source(Source(LAYOUT, Segment(HOST, 2**64 - 8, LAYOUT.region_bytes, 0), b"")))
+        unpack_source(pack_source(Source(LAYOUT, Segment(HOST, 2**64 - 8, LAYOUT.region_bytes, 0), "agent", b"")))
 
 
 def test_proofs_are_of_one_secret_one_role_and_one_connection() -> None:

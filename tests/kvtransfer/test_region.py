@@ -1,6 +1,7 @@
 """Shared memory: who may map it, what must be true for that, and how long it lives."""
 
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,6 +198,33 @@ def test_what_the_kernel_forbids_is_refused(memory: SharedMemory, monkeypatch: p
 
     monkeypatch.setattr(os, "readlink", forbid)
     assert "not permitted" in refused(memory.share())
+
+
+def test_its_mode_shuts_out_other_users(memory: SharedMemory) -> None:
+    assert stat.S_IMODE(os.fstat(memory.share().fd).st_mode) == 0o600
+
+
+STRANGER = """
+import os, sys
+from baton.errors import TransferError
+from kvtransfer.memory import AttachedMemory, Share
+
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    AttachedMemory.attach(Share.unpack(bytes.fromhex(sys.stdin.read())))
+except TransferError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_process_cannot_map_it(memory: SharedMemory) -> None:
+    packed = memory.share().pack().hex()
+    command = [sys.executable, "-c", STRANGER]
+    told = subprocess.run(command, input=packed, capture_output=True, text=True, timeout=30, check=True).stdout
+    assert "not permitted" in told
 
 
 def test_a_region_whose_size_is_not_its_layouts_is_refused(region: HostRegion) -> None:

@@ -34,12 +34,13 @@ from transfer_rig import REQUEST, ids, open_fds, slices
 from baton.errors import TransferError
 from baton.ids import RequestId
 from kvtransfer.interface import Offer
+from kvtransfer.tcp import link as link_module
 from kvtransfer.tcp import listener as listener_module
 from kvtransfer.tcp import receiver as receiver_module
 from kvtransfer.tcp import sender as sender_module
 from kvtransfer.tcp.inflow import SocketInflow
-from kvtransfer.tcp.inlet import Patience
 from kvtransfer.tcp.listener import Listener
+from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.receiver import TcpReceiver
 from kvtransfer.tcp.wire import Address, Fault, Header, Kind
 
@@ -75,18 +76,47 @@ def test_a_silent_stranger_is_cut(run: Run) -> None:
     run(scenario())
 
 
-def test_strangers_are_only_so_many(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_strangers_the_oldest_is_cut(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they keep nobody out who proves a ticket."""
     monkeypatch.setattr(receiver_module, "UNAUTHENTICATED_MAX", 2)
 
     async def scenario() -> None:
         async with receiving() as receiver, sending() as sender:
             await check_serves(receiver, sender)  # its link is authenticated, and does not count
-            async with raw(receiver) as one, raw(receiver) as two:
-                one[1].write(b"B")
-                two[1].write(b"B")
-                async with raw(receiver) as (reader, _):
-                    assert await read_to_the_end(reader) == b""
+            authenticated = set(receiver._inflows)
+            async with raw(receiver) as one, raw(receiver) as two, raw(receiver) as three:
+                await read_challenge(one[0])
+                assert await read_to_the_end(one[0]) == b""
+                await read_challenge(two[0])
+                await read_challenge(three[0])
+                assert len(receiver._inflows) == 3
+                assert authenticated < set(receiver._inflows)
                 await check_serves(receiver, sender)
+
+    run(scenario())
+
+
+def test_connections_are_only_so_many(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver_module, "CONNECTIONS_MAX", 2)
+
+    async def scenario() -> None:
+        async with receiving() as receiver, raw(receiver) as one, raw(receiver) as two, raw(receiver) as three:
+            await read_challenge(one[0])
+            await read_challenge(two[0])
+            assert await read_to_the_end(three[0]) == b""
+
+    run(scenario())
+
+
+def test_a_link_is_not_kept_until_its_count_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "COUNT_MAX", 3)
+
+    async def scenario() -> None:
+        async with receiving() as receiver, sending() as sender:
+            await check_serves(receiver, sender)
+            assert [len(idle) for idle in sender._idle.values()] == [1]
+            await check_serves(receiver, sender)
+            assert not sender._idle
 
     run(scenario())
 

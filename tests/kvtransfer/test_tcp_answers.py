@@ -4,12 +4,11 @@ import asyncio
 from itertools import cycle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import TransferError
 from kvtransfer.tcp.answers import LOST, Answers
-from kvtransfer.tcp.stream import SEND_BYTES, SEND_VIEWS_MAX, batches
 from kvtransfer.tcp.wire import Fault, Header, Kind
 
 CHALLENGE = Header(Kind.CHALLENGE, 0).pack() + b"c" * 16
@@ -20,6 +19,7 @@ def ack(count: int) -> bytes:
     return Header(Kind.ACK, 5, count=count).pack()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8))
 def test_answers_come_however_the_bytes_are_cut(pieces: list[int]) -> None:
     async def scenario() -> None:
@@ -91,6 +91,7 @@ def test_a_failure_is_told_to_who_asks_later_too() -> None:
     asyncio.run(scenario())
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=50), max_size=20))
 def test_garbage_raises_nothing_and_is_not_kept(garbage: list[bytes]) -> None:
     async def scenario() -> None:
@@ -100,13 +101,3 @@ def test_garbage_raises_nothing_and_is_not_kept(garbage: list[bytes]) -> None:
             assert len(answers._unread) <= Header.FORMAT.size + 32
 
     asyncio.run(scenario())
-
-
-@given(st.lists(st.integers(0, 3 * SEND_BYTES), max_size=8), st.integers(0, 200))
-def test_batches_are_all_of_it_in_bounded_pieces(sizes: list[int], small: int) -> None:
-    views = [memoryview(bytes([i % 251]) * size) for i, size in enumerate([*sizes, *[10] * small])]
-    cut = list(batches(views))
-    assert b"".join(piece for batch in cut for piece in batch) == b"".join(views)
-    for batch in cut:
-        assert 1 <= len(batch) <= SEND_VIEWS_MAX
-        assert 1 <= sum(map(len, batch)) <= SEND_BYTES

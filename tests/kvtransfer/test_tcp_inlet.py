@@ -7,7 +7,7 @@ from itertools import cycle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from transfer_rig import REQUEST, SOURCE_LAYOUT, StagedRegion, ids, is_mapped, slices
@@ -17,7 +17,8 @@ from baton.ids import RequestId
 from baton.layout import KVLayout
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
-from kvtransfer.tcp.inlet import LAND_VIEWS_MAX, Inlet, Patience
+from kvtransfer.tcp.inlet import LAND_VIEWS_MAX, Inlet
+from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.proof import Greeting, Role, ticket_key
 from kvtransfer.tcp.wire import Address, Fault, Header, Hello, Kind, layout_digest
 from kvtransfer.tickets import Ticket, TicketBook
@@ -114,6 +115,7 @@ def fence(ticket: Ticket, count: int = 2) -> bytes:
     return Header(Kind.FENCE, ticket.number, count=count).pack()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=20))
 def test_slices_land_however_the_bytes_are_cut(pieces: list[int]) -> None:
     bench, payload = Bench(), payload_of(3)
@@ -236,6 +238,7 @@ frames = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=60) | frames, max_size=12), st.booleans(), st.lists(st.integers(1, 64), min_size=1))
 def test_garbage_changes_nothing_and_breaks_nothing(
     garbage: list[bytes], is_authenticated: bool, pieces: list[int]
@@ -252,6 +255,7 @@ def test_garbage_changes_nothing_and_breaks_nothing(
     bench.region.close()
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_valid_stream_with_a_few_bytes_changed_lands_within_its_ticket(data: st.DataObject) -> None:
     bench = Bench()

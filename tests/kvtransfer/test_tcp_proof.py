@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.tcp.proof import Greeting, Role, ticket_key
@@ -39,6 +39,7 @@ def test_both_secrets_make_the_key() -> None:
     assert len(keys) == 6
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_a_guess_proves_nothing(guess: bytes) -> None:
     assert not GREETING.is_proven(guess, Role.SENDER, KEY)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tcp_rig import (
     SECRET,
     Run,
     check_serves,
+    impostor,
     open_sockets,
     place,
     raw,
@@ -35,12 +37,14 @@ from transfer_rig import REQUEST, fill_random, ids, slices
 
 from baton.errors import TransferError
 from baton.layout import KVLayout
-from kvtransfer.interface import Connection
+from kvtransfer.interface import Connection, Offer
 from kvtransfer.region import HostRegion
 from kvtransfer.tcp import receiver as receiver_module
-from kvtransfer.tcp.inlet import Patience
+from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.receiver import TcpReceiver
+from kvtransfer.tcp.tls_inflow import TlsInflow
 from kvtransfer.tcp.tls_stream import PIECE_BYTES, TlsStream
+from kvtransfer.tcp.wire import Address
 from kvtransfer.tls import TlsContexts, TlsFiles
 
 MIB = KVLayout(layers=2, blocks=16, block_tokens=256, kv_heads=8, head_dim=128, dtype="float32")
@@ -132,6 +136,8 @@ def test_a_write_that_the_receiver_does_not_take_waits_instead_of_buffering(run:
             (offer,) = receiver.open(REQUEST, everything)
             connection = await sender.connect(offer, MIB)
             (inflow,) = receiver._inflows
+            assert isinstance(inflow, TlsInflow)
+            assert inflow._transport is not None
             inflow._transport.pause_reading()
             with pytest.raises(TransferError, match=r"took nothing for 0\.2 s"):
                 await connection.write(0, everything, everything)
@@ -149,6 +155,8 @@ def test_no_more_than_a_piece_waits_beside_the_transports_own(run: Run, ours: Tl
             (offer,) = receiver.open(REQUEST, everything)
             connection = await sender.connect(offer, MIB)
             (inflow,) = receiver._inflows
+            assert isinstance(inflow, TlsInflow)
+            assert inflow._transport is not None
             inflow._transport.pause_reading()
             writing = asyncio.ensure_future(connection.write(0, everything, everything))
             stream = connection._link._stream
@@ -242,20 +250,40 @@ def test_a_stranger_without_tls_costs_one_connection(run: Run, ours: TlsFiles) -
     run(scenario())
 
 
-def test_strangers_in_a_handshake_are_counted_and_cut(
+def test_a_receiver_that_never_shakes_hands(run: Run, ours: TlsFiles) -> None:
+    async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, over: asyncio.Event) -> None:
+        del reader, writer
+        await over.wait()
+
+    async def scenario() -> None:
+        async with impostor(behave) as offer, sending(tls=ours, connect_timeout_s=0.05) as sender:
+            address = replace(Address.unpack(offer.descriptor), is_tls=True)
+            with pytest.raises(TransferError, match=r"did not answer within 0\.05 s"):
+                await sender.connect(Offer("tcp", address.pack()), LAYOUT)
+
+    run(scenario())
+
+
+def test_strangers_in_a_handshake_are_cut(run: Run, ours: TlsFiles) -> None:
+    async def scenario() -> None:
+        async with receiving(Patience(hello_s=0.05), tls=ours) as receiver, raw(receiver) as (reader, _):
+            assert await read_to_the_end(reader) == b""
+            await _until(lambda: not receiver._inflows)
+
+    run(scenario())
+
+
+def test_of_many_strangers_in_a_handshake_the_oldest_is_cut(
     run: Run, ours: TlsFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiver_module, "UNAUTHENTICATED_MAX", 2)
 
     async def scenario() -> None:
-        async with receiving(Patience(hello_s=0.1), tls=ours) as receiver:
-            async with raw(receiver) as one, raw(receiver) as two, raw(receiver) as three:
-                assert await read_to_the_end(three[0]) == b""
-                assert len(receiver._inflows) == 2
-                await read_to_the_end(one[0])
-                await read_to_the_end(two[0])
-            assert not receiver._inflows
-            assert not receiver._handshakes
+        async with receiving(tls=ours) as receiver, raw(receiver) as one, raw(receiver), raw(receiver):
+            assert await read_to_the_end(one[0]) == b""
+            await _until(lambda: len(receiver._inflows) == 2)
+            async with sending(tls=ours) as sender:
+                await check_serves(receiver, sender)
 
     run(scenario())
 
@@ -263,8 +291,9 @@ def test_strangers_in_a_handshake_are_counted_and_cut(
 def test_closing_ends_handshakes(run: Run, ours: TlsFiles) -> None:
     async def scenario() -> None:
         async with receiving(tls=ours) as receiver, raw(receiver) as (reader, _):
-            await _until(lambda: receiver._handshakes)
+            await _until(lambda: receiver._inflows)
             await receiver.close()
+            assert not receiver._inflows
             await read_to_the_end(reader)
 
     run(scenario())

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.context import SpawnProcess
 
@@ -35,7 +36,8 @@ from kvtransfer.registry import Ports, make_ports
 from kvtransfer.tcp.sender import TcpSender
 
 SPAWN = multiprocessing.get_context("spawn")
-both = pytest.mark.parametrize("transport", ["shm", "tcp"])
+UCX = pytest.param("ucx", marks=pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed"))
+both = pytest.mark.parametrize("transport", ["shm", "tcp", UCX])
 
 
 @contextmanager

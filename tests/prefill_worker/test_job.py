@@ -67,6 +67,9 @@ class Rig:
     def admit(self, cached_tokens: int = 0, digests: tuple[int, ...] = ()) -> None:
         self.job.admitted(Admitted(ID, tuple(map(BlockId, (10, 11, 12, 13))), cached_tokens, digests))
 
+    def generate(self) -> None:
+        self.job.generated(Generated(ID, (42,)))
+
     async def tell(self, landed: transfer_pb2.BlocksLanded) -> None:
         self.told.append((landed.first, list(landed.digests)))
 
@@ -103,8 +106,12 @@ def test_sends_each_layer_of_each_chunk_once_and_only_what_is_missing_and_tells_
         await let_it_work()
         assert connection.writes[3:] == [(1, [12, 13], [72, 73])]
         assert connection.fences == 2
-        assert not sending.done(), "the digests are not known yet"
+        assert rig.told == [(0, [101])], "the digests are not known yet"
         job.digested(BlocksDigested(ID, 2, (102, 103)))
+        await let_it_work()
+        assert rig.told == [(0, [101]), (1, [102, 103])]
+        assert not sending.done(), "the first token is missing"
+        rig.generate()
         await sending
         assert rig.told == [(0, [101]), (1, [102, 103])]
 
@@ -115,6 +122,7 @@ def test_an_engine_without_digests_tells_zeros() -> None:
     async def test() -> None:
         rig = Rig(sending=Sending(bytes_in_flight_max=2**30, makes_digests=False))
         rig.admit(cached_tokens=16)
+        rig.generate()
         await rig.send()
         assert rig.told == [(0, [0, 0, 0])]
 
@@ -131,7 +139,7 @@ def test_sent_after_prefill_nothing_leaves_before_the_first_token() -> None:
         rig.job.digested(BlocksDigested(ID, 2, (102, 103)))
         await let_it_work()
         assert rig.connection.writes == []
-        rig.job.generated(Generated(ID, (42,)))
+        rig.generate()
         await sending
         assert rig.connection.writes == [(0, [11, 12, 13], [71, 72, 73]), (1, [11, 12, 13], [71, 72, 73])]
 
@@ -151,6 +159,7 @@ def test_bytes_in_flight_are_bounded(blocks_in_flight: int, log: list[str]) -> N
     async def test() -> None:
         rig = Rig(sending=Sending(bytes_in_flight_max=blocks_in_flight * BLOCK_BYTES))
         rig.admit(cached_tokens=16, digests=(100, 101, 102, 103))
+        rig.generate()
         await rig.send()
         assert rig.connection.log == log
         assert sorted(block for _, blocks in rig.told for block in blocks) == [101, 102, 103]
@@ -171,6 +180,7 @@ def test_blocks_are_sent_again_before_and_after_the_rest_is_done() -> None:
         for layer in (0, 1):
             rig.job.written(layer, BlocksWritten(ID, 2, 4))
         rig.job.digested(BlocksDigested(ID, 2, (102, 103)))
+        rig.generate()
         await sending
         again = asyncio.create_task(rig.job.send_again(rig.tell))
         rig.job.resend([0, 2])
@@ -208,6 +218,7 @@ def test_nothing_to_send_when_the_decode_worker_has_all_blocks() -> None:
         job = PrefillJob(ID, ticket, connection, layout, STREAMED, ManualClock())
         job.admitted(Admitted(ID, (BlockId(0),), cached_tokens=0))
         job.written(0, BlocksWritten(ID, 0, 1))
+        job.generated(Generated(ID, (42,)))
         await job.send(Rig().tell)
         assert connection.writes == []
 
@@ -222,11 +233,11 @@ def test_the_timeline_separates_hidden_from_exposed_transfer() -> None:
         rig.clock.advance(2)
         rig.job.digested(BlocksDigested(ID, 0, (1, 2, 3, 4)))
         rig.job.written(0, BlocksWritten(ID, 0, 4))
-        rig.job.generated(Generated(ID, (42,)))
+        rig.generate()
         rig.clock.advance(0.5)
         await rig.send()
         rig.connection.busy_s = 2.0
-        commit = await rig.job.commit()
+        commit = rig.job.commit()
         assert (await rig.job.started()).queue_s == 1
         assert (commit.first_token, commit.blocks, commit.prefill_s, commit.transfer_exposed_s) == (42, 3, 2, 0.5)
         assert (rig.job.times.busy_s, rig.job.times.hidden_s) == (2.0, 1.5)
