@@ -85,7 +85,7 @@ class ShmConnection(MeasuredConnection):
             await self._copy_in_thread(layer, source, target)
 
     async def _copy_here(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
-        with closing(self._copy(layer, source, target, PIECE_BYTES_MAX)) as runs:
+        with closing(self._copy(layer, source, target, PIECE_BYTES_MAX // 2)) as runs:
             for size_bytes in runs:
                 self._turn_bytes += size_bytes
                 if self._turn_bytes >= PIECE_BYTES_MAX:
@@ -107,8 +107,8 @@ class ShmConnection(MeasuredConnection):
     def _copy(
         self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId], run_bytes_max: int
     ) -> Generator[int, None, None]:
-        """The bytes of each run, once it is copied. Looks before each whether it may go on, and says for as long as it
-        is at it that it is."""
+        """The bytes of each run, once it is copied: at most `run_bytes_max` of its keys, and of its values. Looks
+        before each whether it may go on, and says for as long as it is at it that it is."""
         enter(self._peer.table.fd, self._invitation.ticket)
         try:
             read, region = source_rows(self._source, layer), self._peer.region

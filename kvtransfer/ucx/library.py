@@ -103,12 +103,11 @@ def _environment_for_loading() -> Iterator[None]:
 
 
 class Context:
-    """One worker's use of UCX, loaded and opened when it is first asked for."""
+    """One port's use of UCX, loaded when it is first asked for."""
 
     def __init__(self, net_devices: str) -> None:
         self._net_devices = net_devices
         self._ucx: Ucx | None = None
-        self._context: Any = None
 
     @property
     def ucx(self) -> Ucx:
@@ -117,21 +116,16 @@ class Context:
         return self._ucx
 
     def make_worker(self) -> Any:
-        """A ucxx UCXWorker that can be waited on by its file descriptor. Raises TransferError."""
+        """A ucxx UCXWorker that can be waited on by its file descriptor, in a UCX context of its own: workers of one
+        context share what memory is registered, and its release may call one that is gone. Raises TransferError."""
         api = self.ucx.api
         try:
-            if self._context is None:
-                features = (api.Feature.TAG, api.Feature.WAKEUP)
-                self._context = api.UCXContext(self._options(), features)
-            worker = api.UCXWorker(self._context)
+            context = api.UCXContext(self._options(), (api.Feature.TAG, api.Feature.WAKEUP))
+            worker = api.UCXWorker(context)
             worker.init_blocking_progress_mode()
         except (api.UCXError, RuntimeError) as error:
             raise TransferError(f"UCX could not be opened: {error}.") from None
         return worker
-
-    def close(self) -> None:
-        """What its workers still hold of it lives on with them."""
-        self._context = None
 
     def _options(self) -> dict[str, str]:
         wanted = {**OPTIONS, "NET_DEVICES": self._net_devices}

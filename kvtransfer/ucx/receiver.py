@@ -83,7 +83,6 @@ class UcxReceiver:
             await inflow.ended.wait()
         await self._server.wait_closed()
         self._server = None
-        self.context.close()
 
     # ---- for its connections
 

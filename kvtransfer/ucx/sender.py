@@ -115,7 +115,6 @@ class UcxSender:
                 kept.expiry.cancel()
                 kept.link.close()
         self._idle.clear()
-        self._context.close()
 
 
 class UcxConnection(MeasuredConnection):

@@ -11,16 +11,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
-from transfer_rig import REQUEST, SOURCE_LAYOUT, TARGET_LAYOUT, fill_random, ids, is_mapped, slices
+from transfer_rig import (
+    REQUEST,
+    SOURCE_LAYOUT,
+    TARGET_LAYOUT,
+    fill_random,
+    ids,
+    is_mapped,
+    pair,
+    slices,
+    transfer_threads,
+)
 
 from baton.errors import TransferError
 from baton.ids import RequestId
+from baton.layout import KVLayout
 from kvtransfer.interface import Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
 from kvtransfer.shm import fence
 from kvtransfer.shm.receiver import ShmReceiver
-from kvtransfer.shm.sender import ShmSender
+from kvtransfer.shm.sender import INLINE_BYTES_MAX, PIECE_BYTES_MAX, ShmSender
 from kvtransfer.shm.table import Invitation
 
 
@@ -188,6 +199,31 @@ def test_a_write_ends_when_its_copy_under_way_has_ended(how: str) -> None:
                 await writing
             assert not slices(target_of(receiver))[0, :, 3].any()
             await (closing or connection.close())
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("writes", "blocks"), [(1, 16), (16, 1)], ids=["one large", "many small"])
+def test_what_is_copied_on_the_loop_lets_others_have_their_turns(writes: int, blocks: int) -> None:
+    layout = KVLayout(layers=1, blocks=16, block_tokens=16, kv_heads=8, head_dim=128, dtype="float32")
+
+    async def scenario() -> None:
+        async with pair("shm", layout, layout) as ends:
+            connection = await ends.connect(ids(*range(16)))
+            turns = 0
+
+            async def write_all() -> None:
+                for first in range(0, 16, blocks):
+                    await connection.write(0, ids(*range(first, first + blocks)), ids(*range(first, first + blocks)))
+
+            writing = asyncio.ensure_future(write_all())
+            while not writing.done():
+                await asyncio.sleep(0)
+                turns += 1
+            assert 2 * 16 * layout.slice_bytes == INLINE_BYTES_MAX == writes * blocks * 2 * layout.slice_bytes
+            assert turns >= INLINE_BYTES_MAX // PIECE_BYTES_MAX
+            assert (slices(ends.source) == slices(ends.target)).all()
+            assert not transfer_threads()
 
     run(scenario())
 
