@@ -72,3 +72,12 @@ class KVLayout:
     def is_compatible(self, other: "KVLayout") -> bool:
         """Whether slices of one can be written into the other as they are: all but the number of blocks is equal."""
         return self.shape[:2] + self.shape[3:] == other.shape[:2] + other.shape[3:] and self.dtype == other.dtype
+
+    def unconvertible(self, other: "KVLayout") -> str | None:
+        """Why KV in this layout cannot be cut into the other's blocks on its way, as a sentence; None: it can."""
+        names = ("layers", "kv_heads", "head_dim", "dtype")
+        unequal = [name for name in names if getattr(self, name) != getattr(other, name)]
+        if not unequal:
+            return None
+        values = ", ".join(f"{name} {getattr(self, name)} and {getattr(other, name)}" for name in unequal)
+        return f"The KV layouts of sender and receiver differ: {values}; all but block_tokens must be equal."

@@ -134,4 +134,6 @@ class Attempt:
     async def _try_to_write(self, request: worker_pb2.PrefillRequest) -> None:
         """On a stream that has ended nothing is written; whoever reads learns why."""
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # A write that begins before there is a connection may never end, not even when the call is cancelled.
+            await self._call.wait_for_connection()
             await self._write(request)

@@ -9,7 +9,7 @@ from baton.clock import Clock, monotonic
 from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvtransfer.interface import Region
+from kvtransfer.interface import Source
 from kvtransfer.metrics import TransferMetrics
 
 CLOSED = "The connection is closed."
@@ -20,7 +20,7 @@ class MeasuredConnection(ABC):
 
     transport: str
 
-    def __init__(self, source: Region, target: KVLayout, metrics: TransferMetrics, clock: Clock = monotonic) -> None:
+    def __init__(self, source: Source, target: KVLayout, metrics: TransferMetrics, clock: Clock = monotonic) -> None:
         self.bytes_written = 0
         self.busy_s = 0.0
         self._source, self._target = source, target
@@ -32,8 +32,13 @@ class MeasuredConnection(ABC):
         self._is_released = False
         metrics.connected(self.transport, "out")
 
+    def read_from(self, source: Source) -> None:
+        assert self._idle.is_set()
+        self._source = source
+
     async def write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         assert len(source) == len(target) and 0 <= layer < self._target.layers
+        assert self._source.layout.block_tokens == self._target.block_tokens, "the source is in blocks of another size"
         if not source:
             return
         size_bytes = 2 * len(source) * self._target.slice_bytes

@@ -19,7 +19,7 @@ is compared with its own digest.
 It guards against errors, not against a forger: who may write at all is the transports' to say.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, reduce
 
 import numpy as np
@@ -86,8 +86,13 @@ def block_digests(memory: memoryview, layout: KVLayout, blocks: Sequence[BlockId
 
 def _digests(region: NDArray[np.uint8], rows: Rows) -> list[int]:
     """`region` is [layer][k|v][block][bytes of a slice]."""
-    weights = slice_weights(region.shape[0])
-    terms = (weights[layer, kv] * slice_digests(region[layer, kv, rows]) for layer, kv in np.ndindex(weights.shape))
+    return digests_of(region.shape[0], lambda layer, kv: region[layer, kv, rows])
+
+
+def digests_of(layers: int, slices: Callable[[int, int], NDArray[np.uint8]]) -> list[int]:
+    """Of some blocks whose `slices` of a layer's keys (0) or values (1) are [block][bytes of a slice]."""
+    weights = slice_weights(layers)
+    terms = (weights[layer, kv] * slice_digests(slices(layer, kv)) for layer, kv in np.ndindex(weights.shape))
     return unsigned(reduce(np.add, terms))
 
 

@@ -23,8 +23,8 @@ class Offer:
     descriptor: bytes = field(repr=False)
 
 
-class Region(Protocol):
-    """A worker's KV memory as transports see it. See baton.layout.KVLayout for what lies where."""
+class Source(Protocol):
+    """KV as those see it who read it. See baton.layout.KVLayout for what lies where."""
 
     layout: KVLayout
 
@@ -37,6 +37,14 @@ class Region(Protocol):
         """Bytes of `blocks` adjacent slices. Host memory: a view of the region itself. Device memory:
         a host copy, taken after the writes that were issued before the call."""
 
+    def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
+        """The 64-bit digest (kvtransfer/digest.py) of each block, all layers, as it lies now. May take a while and be
+        called in any thread; for device memory it is computed there."""
+
+
+class Region(Source, Protocol):
+    """A worker's KV memory as transports see it."""
+
     def writable(self, layer: int, kv: int, first_block: int, blocks: int) -> memoryview:
         """Host memory to fill with `blocks` adjacent slices; then call `written` with the same arguments and it.
         Several may be out at one time, for different blocks; one whose ticket closes meanwhile, or whose
@@ -45,10 +53,6 @@ class Region(Protocol):
     def written(self, layer: int, kv: int, first_block: int, blocks: int, view: memoryview) -> None:
         """The view from `writable` is filled. Host memory: nothing to do. Device memory: copies it in;
         called on the loop with a few MB at most."""
-
-    def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
-        """The 64-bit digest (kvtransfer/digest.py) of each block, all layers, as it lies now. May take a while and be
-        called in any thread; for device memory it is computed there."""
 
     def share(self) -> bytes | None:
         """How another process of this user maps the region (kvtransfer/region.py), or None where it
@@ -71,6 +75,10 @@ class Connection(Protocol):
     bytes_written: int
     busy_s: float
     """Time spent in write and fence."""
+
+    def read_from(self, source: Source) -> None:
+        """Before the first write: source blocks are those of `source`, which has the peer's layout, and not the
+        worker's own. Raises TransferError where the transport reads nothing but the worker's region (Port.converts)."""
 
     async def write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         """Copies the key and the value slice of each source block, in one layer, to the target block

@@ -25,12 +25,18 @@ class Place:
     """For tcp."""
 
 
+AS_THEY_LIE = "It moves KV blocks as they lie, so not between workers whose blocks hold unlike numbers of tokens."
+
+
 @dataclass(frozen=True, slots=True)
 class Port:
     """One worker's end of one transport, both ways. Neither side costs anything before it is used."""
 
     receiver: Receiver
     sender: TransportSender
+    converts: bool = True
+    """Whether its connections can `read_from` something else than the worker's region, which is what carries KV to a
+    receiver whose blocks hold another number of tokens."""
 
 
 def _nothing() -> None:

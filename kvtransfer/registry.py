@@ -18,7 +18,7 @@ from baton.layout import KVLayout
 from kvtransfer.inproc import InprocHub, InprocReceiver, InprocSender
 from kvtransfer.interface import Connection, Offer, Region
 from kvtransfer.metrics import TransferMetrics
-from kvtransfer.port import Place, Port, Transport
+from kvtransfer.port import AS_THEY_LIE, Place, Port, Transport
 from kvtransfer.shm.receiver import ShmReceiver
 from kvtransfer.shm.sender import ShmSender
 from kvtransfer.tcp.receiver import TcpReceiver
@@ -158,11 +158,16 @@ class Ports:
 
     # ---- sending
 
+    def converts(self, transport: str) -> bool:
+        """Whether it can send to a receiver whose blocks hold another number of tokens."""
+        return self._ports[transport].converts
+
     async def connect(self, request_id: RequestId, offers: Sequence[Offer], layout: KVLayout) -> Connection:
-        """Takes the first offer that works; `layout` is the peer's. Raises TransferError, with each offer's reason, if
-        none does."""
-        if not self.region.layout.is_compatible(layout):
-            raise TransferError("The KV layouts of sender and receiver differ in more than the number of blocks.")
+        """Takes the first offer that works; `layout` is the peer's. If its blocks are not of this worker's size, the
+        connection must `read_from` something that has such. Raises TransferError, with each offer's reason, if none
+        does."""
+        if reason := self.region.layout.unconvertible(layout):
+            raise TransferError(reason)
         reasons = []
         for offer in offers[:OFFERS_MAX]:
             try:
@@ -173,7 +178,10 @@ class Ports:
         raise TransferError(f"No transport offered for request {request_id} works from here. {tried}")
 
     async def _try(self, offer: Offer, layout: KVLayout) -> Connection:
-        sender = self._port(offer.transport).sender
+        port = self._port(offer.transport)
+        if not (port.converts or self.region.layout.is_compatible(layout)):
+            raise TransferError(AS_THEY_LIE)
+        sender = port.sender
         try:
             return await sender.connect(offer, layout)
         except TransferError:

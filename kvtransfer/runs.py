@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvtransfer.interface import Region
+from kvtransfer.interface import Source
 
 RUN_BYTES_MAX = 4 * 2**20
 """Longest copy, and so the longest that one can be neither cancelled nor fenced off: about a millisecond."""
@@ -39,7 +39,7 @@ def run_blocks_max(layout: KVLayout, bytes_max: int = RUN_BYTES_MAX) -> int:
     return max(1, bytes_max // layout.slice_bytes)
 
 
-def copy_run(source: Region, layer: int, kv: int, run: Run, place: memoryview) -> int:
+def copy_run(source: Source, layer: int, kv: int, run: Run, place: memoryview) -> int:
     """One memcpy from the source's blocks of the run, without the GIL; returns its bytes."""
     data = source.readable(layer, kv, run.source, run.blocks)
     np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(data, np.uint8))
@@ -54,7 +54,7 @@ def rows_of(view: memoryview, layout: KVLayout) -> Rows:
     return np.frombuffer(view, np.uint8).reshape(-1, layout.slice_bytes)
 
 
-def source_rows(source: Region, layer: int) -> Callable[[int, Run], Rows]:
+def source_rows(source: Source, layer: int) -> Callable[[int, Run], Rows]:
     """How to get at the bytes of a run's source blocks in a layer, by `kv` and run. Views, and quick to take, in host
     memory; elsewhere copies that may wait for the device."""
     layout = source.layout

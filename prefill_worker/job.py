@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from baton.clock import Clock
 from baton.errors import InvalidRequest, TransferError
 from baton.ids import BlockId, RequestId
-from baton.layout import KVLayout
 from baton.process import ProcessIdentity
 from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.convert import layout_from_proto, logprobs_to_proto
@@ -65,25 +64,23 @@ class PrefillJob:
         request_id: RequestId,
         ticket: worker_pb2.Ticket,
         connection: Connection,
-        layout: KVLayout,
         sending: Sending,
         clock: Clock,
     ) -> None:
-        """`layout` is this worker's."""
+        """What the engine tells must be of blocks of the ticket's size (else prefill_worker/recut.py)."""
         loop = asyncio.get_running_loop()
         self.request_id = request_id
         self.connection = connection
         self.is_committed = False
         self._sending, self._clock = sending, clock
-        self._layout = layout
-        target_layout = layout_from_proto(ticket.layout)
+        self._layout = layout_from_proto(ticket.layout)
         self._first_block = ticket.first_block
         self._target = tuple(BlockId(block) for block in ticket.blocks)
         self._source: Sequence[BlockId] = ()
-        self._piece_bytes = 2 * target_layout.slice_bytes
+        self._piece_bytes = 2 * self._layout.slice_bytes
         piece_blocks_max = max(1, min(WRITE_BYTES_MAX, sending.bytes_in_flight_max) // self._piece_bytes)
         self._piece_blocks_max = piece_blocks_max
-        self._progress = SendProgress(target_layout.layers, len(self._target), piece_blocks_max)
+        self._progress = SendProgress(self._layout.layers, len(self._target), piece_blocks_max)
         if not sending.makes_digests:
             self._progress.digested(0, (0,) * len(self._target))
         self._unfenced_bytes = 0
@@ -112,8 +109,9 @@ class PrefillJob:
     def digested(self, event: BlocksDigested) -> None:
         self._digested(event.first, event.digests)
 
-    def generated(self, event: Generated) -> None:
-        self._generated_s = self._clock()
+    def generated(self, event: Generated, at_s: float | None = None) -> None:
+        """`at_s` is when it was, if that is not now."""
+        self._generated_s = self._clock() if at_s is None else at_s
         self._first_token.set_result(event)
         self._wake.set()
 

@@ -19,6 +19,7 @@ from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
 from prefill_worker.job import PrefillJob, Sending
 from prefill_worker.metrics import SendMetrics
+from prefill_worker.recut import Recut
 from prefill_worker.servicer import PrefillServicer
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class PrefillWorker:
             after_prefill=settings.send == "after_prefill",
             makes_digests=settings.verify != "never",
         )
-        self._jobs: dict[RequestId, PrefillJob] = {}
+        self._feeds: dict[RequestId, PrefillJob | Recut] = {}
+        """What takes the engine's events."""
         self._closing: set[asyncio.Future[None]] = set()
         self._ticket_numbers = itertools.count()
         self._idle = asyncio.Event()
@@ -86,8 +88,8 @@ class PrefillWorker:
         request_id = RequestId(f"{ticket.request_id}/{next(self._ticket_numbers)}")
         offers = [Offer(offer.transport, offer.descriptor) for offer in ticket.offers]
         connection = await self._host.link_book.connect(peer, request_id, offers)
-        job = PrefillJob(request_id, ticket, connection, self._host.model.layout, self._sending, self._clock)
-        self._jobs[request_id] = job
+        job = PrefillJob(request_id, ticket, connection, self._sending, self._clock)
+        self._feeds[request_id] = self._feed(job, ticket, peer.layout)
         self._idle.clear()
         try:
             request = EngineRequest(
@@ -103,6 +105,13 @@ class PrefillWorker:
             await self.close_job(job)
             raise
         return job
+
+    def _feed(self, job: PrefillJob, ticket: worker_pb2.Ticket, target: KVLayout) -> PrefillJob | Recut:
+        region = self._host.engine.region
+        if region.layout.is_compatible(target):
+            return job
+        tokens = len(ticket.prompt) + len(ticket.generated)
+        return Recut(job, region, target, tokens, ticket.first_block, self._clock)
 
     def _check(self, ticket: worker_pb2.Ticket, target: KVLayout) -> None:
         """`target` is what the link's receiver said its region is."""
@@ -130,14 +139,17 @@ class PrefillWorker:
 
     async def _let_go(self, job: PrefillJob) -> None:
         await job.connection.close()
+        feed = self._feeds.get(job.request_id)
+        if isinstance(feed, Recut):
+            await feed.close()
         if job.is_committed:
             self._host.transferred(job.times.bytes, job.times.busy_s)
             self._metrics.sent(job.connection.transport, job.times)
             self._host.engine.post(lambda engine: engine.release(job.request_id))
         else:
             self._host.engine.post(lambda engine: engine.abort(job.request_id))
-        self._jobs.pop(job.request_id, None)
-        if not self._jobs:
+        self._feeds.pop(job.request_id, None)
+        if not self._feeds:
             self._idle.set()
 
     def timeout_s(self, ticket: worker_pb2.Ticket) -> float:
@@ -152,19 +164,19 @@ class PrefillWorker:
 
     def _dispatch_layer(self, layer: int, written: Sequence[BlocksWritten]) -> None:
         for event in written:
-            if job := self._jobs.get(event.request_id):
-                job.written(layer, event)
+            if feed := self._feeds.get(event.request_id):
+                feed.written(layer, event)
 
     def _on_result(self, result: StepResult) -> None:
         for admitted in result.admitted:
-            if job := self._jobs.get(admitted.request_id):
-                job.admitted(admitted)
+            if feed := self._feeds.get(admitted.request_id):
+                feed.admitted(admitted)
         for digested in result.digested:
-            if job := self._jobs.get(digested.request_id):
-                job.digested(digested)
+            if feed := self._feeds.get(digested.request_id):
+                feed.digested(digested)
         for generated in result.generated:
-            if job := self._jobs.get(generated.request_id):
-                job.generated(generated)
+            if feed := self._feeds.get(generated.request_id):
+                feed.generated(generated)
         for failed in result.failed:
-            if job := self._jobs.get(failed.request_id):
-                job.failed(failed)
+            if feed := self._feeds.get(failed.request_id):
+                feed.failed(failed)

@@ -31,8 +31,8 @@ def check_hello(hello: transfer_pb2.LinkHello, me: LinkIdentity, *, makes_digest
     layout = sound_layout(hello.layout)
     if hello.fingerprint != me.fingerprint:
         raise UnsupportedModel("Model, weights or dtype of the two workers differ; their KV blocks must not mix.")
-    if not me.layout.is_compatible(layout):
-        raise UnsupportedModel(f"The KV layouts of the two workers differ: {_difference(me.layout, layout)}.")
+    if reason := me.layout.unconvertible(layout):
+        raise UnsupportedModel(reason)
     if hello.wants_digests and not makes_digests:
         raise UnsupportedModel("The receiver verifies KV blocks, and this worker makes no digests; set verify alike.")
     return layout
@@ -60,9 +60,3 @@ def _check_form(hello: transfer_pb2.LinkHello) -> None:
     )
     if not is_sound:
         raise InvalidRequest("This is no introduction of a worker.", "hello")
-
-
-def _difference(mine: KVLayout, other: KVLayout) -> str:
-    names = ("layers", "block_tokens", "kv_heads", "head_dim", "dtype")
-    unequal = (name for name in names if getattr(mine, name) != getattr(other, name))
-    return ", ".join(f"{name} {getattr(mine, name)} and {getattr(other, name)}" for name in unequal)

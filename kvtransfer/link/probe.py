@@ -9,7 +9,7 @@ from statistics import median
 from baton.clock import Clock, monotonic
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvtransfer.interface import REPEATS_MAX, Connection, Region
+from kvtransfer.interface import REPEATS_MAX, Connection, Region, Source
 
 LATENCY_ROUNDS = 7
 BULK_S = 0.05
@@ -75,7 +75,7 @@ def _fill(region: Region, block: BlockId, content: Callable[[int], bytes]) -> No
             region.written(layer, kv, block, 1, view)
 
 
-async def digest_of(region: Region, block: BlockId) -> int:
+async def digest_of(region: Source, block: BlockId) -> int:
     """As it lies now; computed in a thread."""
     (digest,) = await asyncio.to_thread(region.digests, [block])
     return int(digest)
@@ -94,11 +94,12 @@ def bulk_write_bytes(layout: KVLayout) -> int:
 class Prober:
     """The sender's side: writes to the receiver's probe block by a connection that is its own."""
 
-    def __init__(self, connection: Connection, source: KVLayout, target: KVLayout, clock: Clock = monotonic) -> None:
+    def __init__(self, connection: Connection, source: BlockId, target: KVLayout, clock: Clock = monotonic) -> None:
+        """`target` is the receiver's."""
         self._connection, self._clock = connection, clock
-        self._source, self._target = source.probe_source, target.probe_target
-        self._layers, self._layer_bytes = source.layers, 2 * source.slice_bytes
-        self._repeats = bulk_repeats(source)
+        self._source, self._target = source, target.probe_target
+        self._layers, self._layer_bytes = target.layers, 2 * target.slice_bytes
+        self._repeats = bulk_repeats(target)
 
     async def measure(self) -> Measured:
         """Ends with the whole block in place. Raises TransferError as the connection does."""

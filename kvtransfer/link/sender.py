@@ -9,16 +9,18 @@ from typing import TypeAlias
 
 from baton.clock import Clock
 from baton.errors import TransferError
-from baton.ids import RequestId
+from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
 from baton.rpc import transfer_pb2
 from baton.rpc.convert import layout_to_proto
-from kvtransfer.interface import Offer
+from kvtransfer.interface import Offer, Region, Source
 from kvtransfer.link.conversation import LINK_TIMEOUT_S, PROBE_TIMEOUT_S, Conversation, shortened
 from kvtransfer.link.identity import NONCE_BYTES, LinkIdentity, check_hello
 from kvtransfer.link.metrics import LinkMetrics
 from kvtransfer.link.probe import Measured, Prober, digest_of
 from kvtransfer.link.proof import Purpose, check_proof, prove, session_key, transcript
+from kvtransfer.port import AS_THEY_LIE
+from kvtransfer.reblocked import Reblocked
 from kvtransfer.registry import Ports
 
 log = logging.getLogger(__name__)
@@ -81,8 +83,10 @@ class LinkSender:
     async def choose(self, conversation: SenderConversation, guest: Guest) -> Chosen:
         """The first of the transports that both have, in the receiver's order, that carries bytes there. Raises
         TransferError with all reasons if none does."""
-        failures: list[str] = []
-        for transport in self._common(guest.transports):
+        common = self._common(guest.transports)
+        fit = [name for name in common if self._fits(name, guest)]
+        failures = [f"{name}: {AS_THEY_LIE}" for name in common if name not in fit]
+        for transport in fit:
             try:
                 measured = await self._test(conversation, transport, guest)
             except _TestFailed as failure:
@@ -94,6 +98,12 @@ class LinkSender:
 
     def _common(self, transports: Sequence[str]) -> Sequence[str]:
         return [name for name in dict.fromkeys(transports) if name in self._ports.transports]
+
+    def _fits(self, transport: str, guest: Guest) -> bool:
+        if self._me.layout.is_compatible(guest.layout) or self._ports.converts(transport):
+            return True
+        log.info("%s is not tried for the link to %s: %s", transport, guest.worker_id, AS_THEY_LIE)
+        return False
 
     def _none_works(self, guest: Guest, failures: Sequence[str]) -> str:
         between = f"between {self._me.worker_id} and {guest.worker_id}"
@@ -133,13 +143,25 @@ class LinkSender:
             raise _TestFailed(f"The self-test failed ({type(error).__name__}).") from None
 
     async def _write_and_measure(self, offer: Offer, layout: KVLayout) -> tuple[Measured, int]:
-        region = self._ports.region
+        source, block = _probe_source(self._ports.region, layout)
         connection = await self._ports.connect(RequestId("link"), [offer], layout)
         try:
-            measured = await Prober(connection, region.layout, layout, self._clock).measure()
+            if source is not self._ports.region:
+                connection.read_from(source)
+            measured = await Prober(connection, block, layout, self._clock).measure()
         finally:
             await connection.close()
-        return measured, await digest_of(region, region.layout.probe_source)
+        return measured, await digest_of(source, block)
+
+
+def _probe_source(region: Region, target: KVLayout) -> tuple[Source, BlockId]:
+    """What the receiver's probe block is filled from: this worker's, cut to the receiver's size where that is
+    another."""
+    own = region.layout
+    if own.is_compatible(target):
+        return region, own.probe_source
+    tokens = min(own.block_tokens, target.block_tokens)
+    return Reblocked(region, [own.probe_source], tokens, target), BlockId(0)
 
 
 def _try(transport: str) -> transfer_pb2.LinkResponse:

@@ -138,7 +138,7 @@ class LinkBook:
 
     async def _judged(self, guest: Guest, chosen: Chosen) -> OpenLink:
         measured = chosen.measured
-        expected = await self._expectations.bytes_per_s_min(chosen.transport, measured, self._me.layout)
+        expected = await self._expectations.bytes_per_s_min(chosen.transport, measured, guest.layout)
         for sample in measured.samples:
             self._on_measured(sample.size_bytes, sample.seconds)
         return OpenLink(

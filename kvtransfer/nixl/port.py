@@ -7,6 +7,7 @@ from kvtransfer.port import Place, Port
 
 
 def make_port(place: Place) -> Port:
-    """Both sides share one agent, which the first that is used brings up."""
+    """Both sides share one agent, which the first that is used brings up. The receiver reads the sender's region, which
+    is registered with it, and nothing else."""
     driver = Driver(place.region)
-    return Port(NixlReceiver(place, driver), NixlSender(place, driver))
+    return Port(NixlReceiver(place, driver), NixlSender(place, driver), converts=False)

@@ -9,7 +9,7 @@ from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from kvtransfer.connection import MeasuredConnection
-from kvtransfer.interface import Offer
+from kvtransfer.interface import Offer, Source
 from kvtransfer.nixl.channel import Channel, Frame, Lost
 from kvtransfer.nixl.driver import Driver
 from kvtransfer.nixl.library import TRANSPORT
@@ -26,7 +26,7 @@ from kvtransfer.nixl.wire import (
     layout_digest,
     pack_source,
 )
-from kvtransfer.port import Place
+from kvtransfer.port import AS_THEY_LIE, Place
 
 CONNECT_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 30.0
@@ -95,6 +95,10 @@ class NixlConnection(MeasuredConnection):
         self._sender, self._channel = sender, channel
         self._cutting: asyncio.TimerHandle | None = None
         sender.connections.add(self)
+
+    def read_from(self, source: Source) -> None:
+        del source
+        raise TransferError(AS_THEY_LIE)
 
     async def _write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         if isinstance(self._source, DeviceMemory):

@@ -2,6 +2,7 @@
 gRPC server that answers as each test says, because the real one would not misbehave on demand."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 from typing import Any
@@ -271,6 +272,29 @@ def test_one_that_does_not_even_answer_the_cancel_is_left_after_a_bound(monkeypa
         await asyncio.Event().wait()
 
     fails(script, "did not finish", timeout_s=0.2)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "timeout"])
+def test_a_connection_that_never_comes_about_holds_nobody_up(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_client, "RELEASE_TIMEOUT_S", 0.1)
+
+    async def main() -> None:
+        channels, cancelled = Channels(), asyncio.Event()
+        verifier = Verifier(Region(), "always", VerifyMetrics(CollectorRegistry()), Random(0))  # type: ignore[arg-type]
+        client = PrefillClient(channels.to, verifier, timeout_s=0.2 if end == "timeout" else 30)
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing on them
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            asking = asyncio.ensure_future(client.prefill(address, TICKET, cancelled))
+            await asyncio.wait({asking}, timeout=0.1)
+            if end == "cancelled":
+                cancelled.set()
+            with pytest.raises(PrefillCancelled if end == "cancelled" else Unavailable):
+                async with asyncio.timeout(5):
+                    await asking
+        await client.close()
+        await channels.close()
+
+    asyncio.run(main())
 
 
 def test_one_that_does_not_end_the_stream_after_the_commit_is_left_after_a_bound(

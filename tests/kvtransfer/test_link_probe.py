@@ -64,7 +64,7 @@ class FakeConnection:
 def measured(latency_s: float, bytes_per_s: float, layout: KVLayout = LARGE) -> tuple[Measured, FakeConnection]:
     clock = ManualClock()
     connection = FakeConnection(clock, latency_s, bytes_per_s, layout.slice_bytes)
-    return asyncio.run(Prober(connection, layout, layout, clock).measure()), connection
+    return asyncio.run(Prober(connection, layout.probe_source, layout, clock).measure()), connection
 
 
 @pytest.mark.parametrize(("latency_s", "bytes_per_s"), [(1e-5, 2e10), (1e-4, 1e9), (5e-4, 1.2e8)])
@@ -87,7 +87,7 @@ def test_it_takes_bounded_time_and_bytes(bytes_per_s: float) -> None:
 def test_only_the_probe_blocks_are_read_and_written_and_every_layer_is() -> None:
     clock = ManualClock()
     connection = FakeConnection(clock, 1e-5, 1e9, SOURCE_LAYOUT.slice_bytes)
-    asyncio.run(Prober(connection, SOURCE_LAYOUT, TARGET_LAYOUT, clock).measure())
+    asyncio.run(Prober(connection, SOURCE_LAYOUT.probe_source, TARGET_LAYOUT, clock).measure())
     layers, sources, targets = zip(*connection.writes, strict=True)
     assert set(layers) == set(range(SOURCE_LAYOUT.layers))
     assert set().union(*sources) == {SOURCE_LAYOUT.probe_source}

@@ -310,7 +310,7 @@ def test_one_whose_blocks_are_of_no_use_refuses_in_a_sentence(side: Side, senten
 
 def test_another_layout_is_refused() -> None:
     async def test(both: Rig) -> None:
-        with pytest.raises(TransferError, match="layouts of the two workers differ: kv_heads 2 and 4"):
+        with pytest.raises(TransferError, match="layouts of sender and receiver differ: kv_heads 2 and 4"):
             await both.receiver.links.to(both.sender.address)
 
     run(test, layout=KVLayout(layers=3, blocks=32, block_tokens=4, kv_heads=4, head_dim=8, dtype="float32"))

@@ -62,7 +62,7 @@ class Rig:
         ticket = worker_pb2.Ticket(
             request_id="r", layout=layout_to_proto(layout), first_block=1, blocks=[BlockId(b) for b in (71, 72, 73)]
         )
-        self.job = PrefillJob(ID, ticket, self.connection, layout, sending, self.clock)
+        self.job = PrefillJob(ID, ticket, self.connection, sending, self.clock)
 
     def admit(self, cached_tokens: int = 0, digests: tuple[int, ...] = ()) -> None:
         self.job.admitted(Admitted(ID, tuple(map(BlockId, (10, 11, 12, 13))), cached_tokens, digests))
@@ -215,7 +215,7 @@ def test_nothing_to_send_when_the_decode_worker_has_all_blocks() -> None:
         connection = RecordingConnection()
         layout = layout_of(2)
         ticket = worker_pb2.Ticket(request_id="r", layout=layout_to_proto(layout), first_block=1)
-        job = PrefillJob(ID, ticket, connection, layout, STREAMED, ManualClock())
+        job = PrefillJob(ID, ticket, connection, STREAMED, ManualClock())
         job.admitted(Admitted(ID, (BlockId(0),), cached_tokens=0))
         job.written(0, BlocksWritten(ID, 0, 1))
         job.generated(Generated(ID, (42,)))

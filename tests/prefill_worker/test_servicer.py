@@ -57,7 +57,7 @@ class OneJob:
     async def open_job(self, ticket: worker_pb2.Ticket) -> PrefillJob:
         if self.refusal:
             raise self.refusal
-        self.job = PrefillJob(ID, ticket, self.connection, LAYOUT, Sending(2**20), ManualClock())
+        self.job = PrefillJob(ID, ticket, self.connection, Sending(2**20), ManualClock())
         self.job.admitted(Admitted(ID, (BlockId(1), BlockId(2)), 8, (100, 200)))
         return self.job
 
