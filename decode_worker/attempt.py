@@ -9,11 +9,11 @@ from typing import TypeAlias
 
 import grpc.aio
 
-from baton.errors import Unavailable
+from baton.errors import TransferError, Unavailable
 from baton.ids import BlockId
 from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.streams import SerialWriter
-from decode_worker.landing import Landing
+from kvtransfer.landing import Landing
 from kvtransfer.verify import Verifier
 
 PrefillCall: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]"
@@ -32,7 +32,7 @@ class Filled:
 class Attempt:
     """`begin`, wait for `outcome`, then `take_back` or `hang_up`, and `close`.
 
-    The outcome is Filled, or Unavailable, or the error that ended the stream.
+    The outcome is Filled, or Unavailable or TransferError, or the error that ended the stream.
     """
 
     def __init__(self, call: "PrefillCall", ticket: worker_pb2.Ticket, verifier: Verifier) -> None:
@@ -81,6 +81,7 @@ class Attempt:
             match response.WhichOneof("message"):
                 case "started":
                     self._started = response.started
+                    self._landing.started(len(self._ticket.blocks))
                 case "landed":
                     self._take_in(response.landed)
                 case "commit":
@@ -119,14 +120,14 @@ class Attempt:
     def _finish_if_right(self) -> None:
         if self._commit is not None and self._landing.is_right and not self.outcome.done():
             assert self._started is not None
-            digests = tuple(self._landing.digests) if any(self._landing.digests) else ()
+            digests = self._landing.digests if any(self._landing.digests) else ()
             self.outcome.set_result(Filled(self._started, self._commit, digests))
 
     async def _settling(self, work: Callable[[], Awaitable[None]]) -> None:
         """What fails first is the outcome. `work` begins when this does, which may be cancelled before."""
         try:
             await work()
-        except (Unavailable, grpc.aio.AioRpcError) as error:
+        except (Unavailable, TransferError, grpc.aio.AioRpcError) as error:
             if not self.outcome.done():
                 self.outcome.set_exception(error)
                 self.outcome.exception()  # whoever awaits it raises it; nobody has to

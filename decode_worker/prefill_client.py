@@ -53,7 +53,7 @@ class PrefillClient:
         """Returns when every block of the ticket has landed and been verified.
 
         Raises Unavailable if this prefill worker cannot do it, UnknownLink if that is because the link must be made
-        anew, PrefillCancelled once `cancelled` is set.
+        anew, TransferError if what landed is not right, PrefillCancelled once `cancelled` is set.
         """
         call = worker_pb2_grpc.PrefillWorkerStub(await self._channel(address)).Prefill()
         attempt = Attempt(call, ticket, self._verifier)

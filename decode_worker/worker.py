@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from random import Random
 
 from baton.clock import Clock, monotonic
 from baton.cluster.worker_info import WorkerInfo
@@ -25,7 +24,6 @@ from decode_worker.session import DecodeServicer
 from engine.host import WorkerHost
 from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
 from kvtransfer.inproc import InprocHub
-from kvtransfer.verify import Verifier, VerifyMetrics
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +67,7 @@ class DecodeWorker:
 
     def _make_remote_prefill(self) -> RemotePrefill:
         host, timeout_s = self._host, self._settings.prefill_timeout_s
-        verifier = Verifier(host.engine.region, self._settings.verify, VerifyMetrics(host.registry), Random())
-        client = PrefillClient(host.channels.to, verifier, timeout_s)
+        client = PrefillClient(host.channels.to, host.verifier, timeout_s)
         fence = Fence(host.ports, self._reclaim, host.registry)
         return RemotePrefill(host.model, host.ports, host.links, client, fence, timeout_s)
 

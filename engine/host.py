@@ -34,6 +34,7 @@ from kvtransfer.inproc import InprocHub
 from kvtransfer.link.client import Links
 from kvtransfer.link.servicer import LinkBook
 from kvtransfer.registry import Ports
+from kvtransfer.verify import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,10 @@ class WorkerHost:
     def links(self) -> Links:
         """To those that it receives from."""
         return self._transfers.links
+
+    @property
+    def verifier(self) -> Verifier:
+        return self._transfers.verifier
 
     @property
     def channels(self) -> Channels:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -25,6 +26,7 @@ from kvtransfer.link.probe import fill_source
 from kvtransfer.link.servicer import LinkBook
 from kvtransfer.registry import Ports, make_ports
 from kvtransfer.tls import TlsContexts, TlsFiles
+from kvtransfer.verify import Verifier, VerifyMetrics
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Transfers:
     links: Links
     """To those that it receives from."""
     channels: Channels
+    verifier: Verifier
+    """Of all that lands here."""
 
     async def close_links(self) -> None:
         """Nobody can be asked for blocks any more; tickets that are under way go on."""
@@ -82,7 +86,8 @@ def open_transfers(
         tls_files(settings),
     )
     me = LinkIdentity(worker_id, fingerprint, region.layout)
-    with_digests, metrics, channels = settings.verify != "never", LinkMetrics(registry), Channels()
+    verifier = Verifier(region, settings.verify, VerifyMetrics(registry), Random())
+    with_digests, metrics, channels = verifier.wants_digests, LinkMetrics(registry), Channels()
     expectations = Expectations(settings.link_bytes_per_s_min)
     book = LinkBook(ports, me, secret, with_digests, metrics, clock, on_measured, expectations)
     links = Links(
@@ -96,7 +101,7 @@ def open_transfers(
         settings.transfer_bytes_in_flight_max,
         on_sent=on_sent,
     )
-    return Transfers(ports, book, fetch_servicer, links, channels)
+    return Transfers(ports, book, fetch_servicer, links, channels, verifier)
 
 
 def read_secret(settings: WorkerSettings) -> bytes | None:

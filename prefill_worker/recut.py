@@ -62,8 +62,8 @@ class Recut:
         self._job.written(layer, replace(event, first=self._filled(event.first), end=self._filled(event.end)))
 
     def digested(self, event: BlocksDigested) -> None:
-        assert event.first == len(self._digests)
         if event.digests and not self._has_failed:
+            assert event.first == len(self._digests)
             self._digests += event.digests
             self._more.set()
             self._digesting = self._digesting or asyncio.create_task(self._digest())

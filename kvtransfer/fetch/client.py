@@ -15,9 +15,9 @@ from baton.ids import BlockHash, BlockId, RequestId
 from baton.layout import KVLayout
 from baton.rpc import transfer_pb2, transfer_pb2_grpc
 from baton.rpc.convert import layout_to_proto
-from kvtransfer.fetch.landing import Landing
 from kvtransfer.fetch.receiving import Receiving
 from kvtransfer.interface import Offer
+from kvtransfer.landing import Landing
 from kvtransfer.link.client import Link, Links
 from kvtransfer.link.proof import UnknownLink
 from kvtransfer.registry import Ports

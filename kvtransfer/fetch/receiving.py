@@ -10,7 +10,7 @@ from baton.errors import BatonError, TransferError, Unavailable
 from baton.ids import BlockId
 from baton.rpc import transfer_pb2
 from baton.rpc.streams import SerialWriter
-from kvtransfer.fetch.landing import Landing
+from kvtransfer.landing import Landing
 from kvtransfer.link.proof import UNKNOWN_LINK, UnknownLink
 from kvtransfer.verify import Verifier
 

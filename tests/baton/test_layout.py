@@ -35,3 +35,14 @@ def test_only_the_number_of_blocks_may_differ_between_compatible_layouts() -> No
     for name in ("layers", "block_tokens", "kv_heads", "head_dim"):
         assert not LAYOUT.is_compatible(replace(LAYOUT, **{name: 1}))
     assert not LAYOUT.is_compatible(replace(LAYOUT, dtype="float16"))
+
+
+def test_kv_can_be_cut_into_blocks_of_another_size_and_nothing_else() -> None:
+    assert LAYOUT.unconvertible(replace(LAYOUT, blocks=99, block_tokens=24)) is None
+    for name in ("layers", "kv_heads", "head_dim"):
+        assert f"{name} {getattr(LAYOUT, name)} and 1;" in str(LAYOUT.unconvertible(replace(LAYOUT, **{name: 1})))
+    reason = LAYOUT.unconvertible(replace(LAYOUT, dtype="float16", layers=1, block_tokens=8))
+    assert reason == (
+        "The KV layouts of sender and receiver differ: layers 3 and 1, dtype bfloat16 and float16; "
+        "all but block_tokens must be equal."
+    )

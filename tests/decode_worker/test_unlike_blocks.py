@@ -66,7 +66,9 @@ def test_tokens_are_those_of_one_worker_alone(
             assert answer.timeline.transfer_bytes == -(-len(prompt) // here) * here * TOKEN_BYTES
         assert of_decode(pair, "baton_kv_blocks_verified_total", result="mismatch") == 0
 
-    with_pair(test, there, here, transports=(transport,), kv_blocks=250 if here < 16 else 60, prefill={"kv_blocks": 250})
+    with_pair(
+        test, there, here, transports=(transport,), kv_blocks=250 if here < 16 else 60, prefill={"kv_blocks": 250}
+    )
 
 
 @pytest.mark.parametrize("chunk_tokens", [5, 40, 512])

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 import grpc.aio
 import pytest
@@ -31,7 +30,6 @@ from engine.transfers import Transfers, open_transfers
 from kvcache.block_hash import block_hashes, root_hash
 from kvtransfer.fetch.client import Fetcher
 from kvtransfer.inproc import InprocHub
-from kvtransfer.verify import Verifier, VerifyMetrics
 
 A = RequestId("a")
 BLOCK_TOKENS = 8
@@ -183,11 +181,15 @@ def test_what_one_worker_computed_another_decodes_from(model: Path, transport: s
             await here.add(Prefill.ELSEWHERE)
             await here.until(lambda: any(result.admitted for result in here.results))
             reserved = here.results[0].admitted[0].blocks
-            info, region, transfers = here.thread.model, here.thread.region, here.transfers
+            info, transfers = here.thread.model, here.transfers
             names = block_hashes(root_hash(info.fingerprint, BLOCK_TOKENS, info.layout.dtype), PROMPT, BLOCK_TOKENS)
-            verifier = Verifier(region, "always", VerifyMetrics(CollectorRegistry()), Random(0))
             fetcher = Fetcher(
-                transfers.links, transfers.ports, transfers.channels.to, verifier, info.fingerprint, info.layout
+                transfers.links,
+                transfers.ports,
+                transfers.channels.to,
+                transfers.verifier,
+                info.fingerprint,
+                info.layout,
             )
             fetched = await fetcher.fetch(there.address, A, names, reserved, 10.0, asyncio.Event())
             assert (fetched.blocks, fetched.error) == (5, None)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -13,7 +13,7 @@ from baton.errors import InvalidRequest, UnsupportedModel
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from baton.rpc import transfer_pb2
-from baton.rpc.convert import layout_to_proto
+from baton.rpc.convert import layout_from_proto, layout_to_proto
 from kvtransfer.link.conversation import REASON_CHARS_MAX, shortened
 from kvtransfer.link.expectation import SLICE_OVERHEAD_S, WRITE_OVERHEAD_S, Expectations, measure_memory
 from kvtransfer.link.identity import LinkIdentity, check_hello
@@ -194,9 +194,15 @@ def test_one_that_does_not_fit_is_refused(fields: dict[str, object], sentence: s
 
 def test_another_layout_is_refused_and_named() -> None:
     other = hello()
-    other.layout.block_tokens, other.layout.dtype = 8, "float16"
-    with pytest.raises(UnsupportedModel, match="block_tokens 4 and 8, dtype float32 and float16"):
+    other.layout.block_tokens, other.layout.kv_heads, other.layout.dtype = 8, 3, "float16"
+    with pytest.raises(UnsupportedModel, match="differ: kv_heads 2 and 3, dtype float32 and float16; all but"):
         check_hello(other, ME, makes_digests=True)
+
+
+def test_blocks_of_another_size_are_no_hindrance() -> None:
+    other = hello()
+    other.layout.block_tokens = 24
+    assert check_hello(other, ME, makes_digests=True) == replace(layout_from_proto(hello().layout), block_tokens=24)
 
 
 @pytest.mark.parametrize(

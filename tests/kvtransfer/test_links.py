@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -314,6 +315,41 @@ def test_another_layout_is_refused() -> None:
             await both.receiver.links.to(both.sender.address)
 
     run(test, layout=KVLayout(layers=3, blocks=32, block_tokens=4, kv_heads=4, head_dim=8, dtype="float32"))
+
+
+@pytest.mark.parametrize("transport", ["inproc", "shm", "ucx", "tcp"])
+@pytest.mark.parametrize("block_tokens", [3, 8])
+def test_blocks_of_another_size_are_tried_as_far_as_the_senders_reaches(transport: str, block_tokens: int) -> None:
+    if (reason := registry.find_transport(transport).missing()) is not None:
+        pytest.skip(reason)
+
+    async def test(both: Rig) -> None:
+        link = await both.receiver.links.to(both.sender.address)
+        assert both.sender.book.check(ticket_of(link)).layout == both.receiver.region.layout
+        own, other = both.sender.region, both.receiver.region
+        sent = bytes(own.readable(2, 1, own.layout.probe_source, 1))
+        landed = bytes(other.readable(2, 1, other.layout.probe_target, 1))
+        assert landed == sent[: len(landed)].ljust(len(landed), b"\0")
+
+    run(test, Side([transport]), Side([transport]), layout=replace(TARGET_LAYOUT, block_tokens=block_tokens))
+
+
+def test_nixl_is_left_out_between_blocks_of_unlike_sizes(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(both: Rig) -> None:
+        assert (await both.receiver.links.to(both.sender.address)).transport == "tcp"
+        assert "nixl is not tried for the link to decode-0: It moves KV blocks as they lie" in caplog.text
+        assert both.metric("baton_kv_link_attempts_total", side="receive") == 1
+
+    async def without_tcp(both: Rig) -> None:
+        with pytest.raises(TransferError, match=r"No KV transport works between .* nixl: It moves KV blocks as they"):
+            await both.receiver.links.to(both.sender.address)
+
+    if (reason := registry.find_transport("nixl").missing()) is not None:
+        pytest.skip(reason)
+    caplog.set_level(logging.INFO)
+    unlike = replace(TARGET_LAYOUT, block_tokens=8)
+    run(test, Side(["nixl", "tcp"]), Side(["nixl", "tcp"]), layout=unlike)
+    run(without_tcp, Side(["nixl"]), Side(["nixl"]), layout=unlike)
 
 
 def test_a_refusal_is_remembered_for_a_while() -> None:

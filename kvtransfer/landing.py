@@ -1,11 +1,11 @@
-"""Which of a fetch's blocks lie here, and which were found right. Pure."""
+"""Which of a ticket's blocks lie here, and which were found right. Pure."""
 
 from collections.abc import Sequence
 
 from baton.errors import TransferError
 
 RESENDS_MAX = 1
-"""How often one block is asked for again before the fetch ends with those before it."""
+"""How often one block is asked for again before it is given up."""
 
 
 class Landing:
@@ -15,7 +15,7 @@ class Landing:
     def __init__(self, asked: int) -> None:
         self._asked = asked
         self.sent = 0
-        """So many, the first ones, the sender has and sends."""
+        """So many, the first ones, the sender sends."""
         self._digests: list[int] = []
         self._is_right: list[bool] = []
         self._resends: list[int] = []
@@ -41,8 +41,9 @@ class Landing:
         """`mismatches` are indices into `told`. The blocks to ask for again."""
         again = [told[index] for index in mismatches]
         for block in told:
-            self._is_right[block] = block not in again
+            self._is_right[block] = True
         for block in again:
+            self._is_right[block] = False
             self._resends[block] += 1
             if self._resends[block] > RESENDS_MAX:
                 raise TransferError("A KV block did not match its digest again after it was sent again.")
@@ -50,8 +51,13 @@ class Landing:
         return again
 
     @property
+    def was_told_all(self) -> bool:
+        """Each block that the sender sends, at least once."""
+        return all(self._resends[block] for block in self._awaited)
+
+    @property
     def is_right(self) -> bool:
-        """All that the sender has, which may be nothing."""
+        """All that the sender sends, which may be nothing, has landed and matches, as far as the policy asks."""
         return all(self._is_right)
 
     @property

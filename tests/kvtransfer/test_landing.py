@@ -1,4 +1,4 @@
-"""What a fetch's receiver makes of what it is told and finds."""
+"""What a receiver makes of what it is told and finds."""
 
 from itertools import pairwise
 
@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import TransferError
-from kvtransfer.fetch.landing import Landing
 from kvtransfer.fetch.sending import _runs
+from kvtransfer.landing import Landing
 
 
 def begun(blocks: int = 4, asked: int = 6) -> Landing:
@@ -50,6 +50,19 @@ def test_nobody_waits_for_what_is_there_or_does_not_exist(first: int, count: int
     landing.landed(1, [1])
     with pytest.raises(TransferError):
         landing.landed(first, [0] * count)
+
+
+def test_told_is_not_yet_right() -> None:
+    landing = begun(3)
+    first, last = landing.landed(0, [7, 8]), range(2, 3)
+    assert not landing.was_told_all
+    assert landing.landed(2, [9]) == last
+    assert landing.was_told_all and not landing.is_right
+    landing.verified(first, [1])
+    landing.verified(last, [])
+    assert landing.was_told_all and not landing.is_right, "told, but to come again"
+    landing.verified(landing.landed(1, [8]), [])
+    assert landing.is_right
 
 
 def test_before_the_start_nothing_lands() -> None:
