@@ -32,7 +32,8 @@ class Reblocked:
         assert 1 <= blocks <= self.layout.blocks - first_block
         first = first_block * self.layout.block_tokens
         end = min(first + blocks * self.layout.block_tokens, self._tokens)
-        gathered = np.zeros((blocks * self.layout.block_tokens, self._token_bytes), np.uint8)
+        gathered = np.empty((blocks * self.layout.block_tokens, self._token_bytes), np.uint8)
+        gathered[end - first :] = 0
         self._gather(layer, kv, first, gathered[: end - first])
         return gathered.reshape(-1).data
 

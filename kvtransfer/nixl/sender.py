@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
 from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvtransfer.connection import MeasuredConnection
+from kvtransfer.connection import CLOSED, MeasuredConnection
 from kvtransfer.interface import Offer, Source
 from kvtransfer.nixl.channel import Channel, Frame, Lost
 from kvtransfer.nixl.driver import Driver
@@ -94,6 +95,10 @@ class NixlConnection(MeasuredConnection):
         super().__init__(sender.place.region, layout, sender.place.metrics)
         self._sender, self._channel = sender, channel
         self._cutting: asyncio.TimerHandle | None = None
+        self._unread = 0
+        """Pieces that were announced, and are not known to have been read."""
+        self._attention = ExitStack()
+        """Held while there are any."""
         sender.connections.add(self)
 
     def read_from(self, source: Source) -> None:
@@ -103,28 +108,36 @@ class NixlConnection(MeasuredConnection):
     async def _write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         if isinstance(self._source, DeviceMemory):
             await asyncio.to_thread(self._source.ready, layer)
-        with self._sender.driver.attending():
-            try:
-                await self._announce(layer, source, target)
-            except asyncio.CancelledError:
-                self._interrupt()
-                await self._channel.until_end()
-                raise
+        try:
+            for count, body in _pieces(source, target, self._target):
+                await self._until_unread(READY_MAX - 1)
+                self._announce(layer, count, body)
+                await asyncio.sleep(0)  # the loop's turn: what was read already is answered without waiting
+        except asyncio.CancelledError:
+            await self._let_go()
+            raise
 
-    async def _announce(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
-        """Several at a time, so that the receiver always knows what to read next."""
-        unread = 0
-        for count, body in _pieces(source, target, self._target):
-            if unread == READY_MAX:
-                await self._answer(Kind.READ)
-                unread -= 1
-            self._channel.send(Kind.READY, body, layer, count)
-            unread += 1
-        for _ in range(unread):
+    def _announce(self, layer: int, count: int, body: bytes) -> None:
+        if not self._unread:
+            self._attention.enter_context(self._sender.driver.attending())
+        self._channel.send(Kind.READY, body, layer, count)
+        self._unread += 1
+
+    async def _until_unread(self, pieces: int) -> None:
+        """So many at most. There should be several at a time, so that the receiver always knows what to read next."""
+        while self._unread > pieces:
             await self._answer(Kind.READ)
+            self._unread -= 1
+        if not self._unread:
+            self._attention.close()
 
     async def _fence(self) -> None:
-        """What was read has landed; this asks whether the ticket is open still."""
+        """What was read has landed; then this asks whether the ticket is open still."""
+        try:
+            await self._until_unread(0)
+        except asyncio.CancelledError:
+            await self._let_go()
+            raise
         self._channel.send(Kind.FENCE)
         await self._answer(Kind.FENCED)
 
@@ -135,6 +148,17 @@ class NixlConnection(MeasuredConnection):
                 await _expect(self._channel, kind)
         except TimeoutError:
             raise TransferError(f"The receiver took nothing for {stall_timeout_s:g} s.") from None
+
+    async def close(self) -> None:
+        if self._unread and self._broken is None and self._idle.is_set():
+            self._broken = CLOSED
+            await self._let_go()
+        await super().close()
+
+    async def _let_go(self) -> None:
+        """Returns when the receiver has ended the read that it is in, LET_GO_S at most."""
+        self._interrupt()
+        await self._channel.until_end()
 
     async def closed(self) -> None:
         """After `close`: returns when the socket is closed too."""
@@ -149,6 +173,7 @@ class NixlConnection(MeasuredConnection):
         if self._cutting is not None:
             self._cutting.cancel()
         self._sender.connections.discard(self)
+        self._attention.close()
         self._channel.cut()
 
 

@@ -23,13 +23,19 @@ class StopsOnceAnnounced(nixl_sender.NixlConnection):
     """Stops its own process once it has said what may be read. Its end does nothing for these reads until the process
     is continued, so over tcp none of them ends before."""
 
-    async def _announce(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
+    _fences = 0
+
+    async def _fence(self) -> None:
+        await super()._fence()
+        self._fences += 1
+
+    async def _write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         if self.bytes_written:
             Agent.progress = lambda _: None  # type: ignore[method-assign]
-        await super()._announce(layer, source, target)
+        await super()._write(layer, source, target)
 
     async def _answer(self, kind: Kind) -> None:
-        if kind == Kind.READ and self.bytes_written:
+        if kind == Kind.READ and self._fences:
             os.kill(os.getpid(), signal.SIGSTOP)
             Agent.progress = PROGRESS  # type: ignore[method-assign]
         await super()._answer(kind)
@@ -48,9 +54,11 @@ def stop_while_read(pipe: Pipe, transport: str) -> None:
         offers = pipe.recv()
         connection = await sender.connect(REQUEST, [Offer(*offer) for offer in offers], LARGE)
         await connection.write(0, ids(0), ids(0))
+        await connection.fence()
         pipe.send("stopping")
         try:
             await connection.write(0, ids(*range(1, LARGE.blocks)), ids(*range(1, LARGE.blocks)))
+            await connection.fence()
         finally:
             await sender.close()
 

@@ -329,6 +329,7 @@ def test_a_receiver_that_never_answers_is_given_up() -> None:
         connection._channel.send = lambda *_: None
         with pytest.raises(TransferError, match=r"took nothing for 0\.05 s"):
             await connection.write(0, ids(1), ids(1))
+            await connection.fence()
         await connection.close()
 
     in_pair(scenario)
@@ -487,6 +488,7 @@ def test_a_receiver_that_is_stopped_is_given_up() -> None:
         signalled(process, signal.SIGSTOP)
         with pytest.raises(TransferError, match=r"took nothing for 0\.3 s"):
             await connection.write(0, EVERYTHING, EVERYTHING)
+            await connection.fence()
         await sender.close()
 
     with child(transfer_child.receive_for_ever, TRANSPORT) as (process, pipe):

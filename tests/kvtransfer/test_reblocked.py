@@ -1,7 +1,8 @@
 """KV in blocks of another size is the same tokens, whatever the sizes, and travels as any other."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,50 +58,50 @@ def token_by_token(region: HostRegion, case: Case, target: KVLayout) -> Bytes:
     return copied.reshape(*copied.shape[:3], -1)
 
 
-def reblocked(case: Case) -> tuple[Reblocked, Bytes]:
+@contextmanager
+def reblocked(case: Case) -> Iterator[tuple[Reblocked, Bytes]]:
     """And what it should be."""
-    region = case.kind.allocate(replace(BASE, block_tokens=case.source_tokens))
-    fill_random(region, seed=case.tokens)
     target = replace(BASE, blocks=99, block_tokens=case.target_tokens)
-    return Reblocked(region, case.blocks, case.tokens, target), token_by_token(region, case, target)
+    with closing(case.kind.allocate(replace(BASE, block_tokens=case.source_tokens))) as region:
+        fill_random(region, seed=case.tokens)
+        yield Reblocked(region, case.blocks, case.tokens, target), token_by_token(region, case, target)
 
 
 @given(cases(), st.data())
 def test_every_run_of_blocks_is_that_of_a_copy_token_by_token(case: Case, data: st.DataObject) -> None:
-    source, copied = reblocked(case)
-    assert source.layout.blocks == copied.shape[2] and not source.is_host
-    first = data.draw(st.integers(0, source.layout.blocks - 1))
-    blocks = data.draw(st.integers(1, source.layout.blocks - first))
-    for layer in range(BASE.layers):
-        for kv in (0, 1):
+    with reblocked(case) as (source, copied):
+        assert source.layout.blocks == copied.shape[2] and not source.is_host
+        first = data.draw(st.integers(0, source.layout.blocks - 1))
+        blocks = data.draw(st.integers(1, source.layout.blocks - first))
+        for layer, kv in np.ndindex(BASE.layers, 2):
             found = source.readable(layer, kv, first, blocks)
             assert bytes(found) == copied[layer, kv, first : first + blocks].tobytes()
 
 
 @given(cases(), st.randoms(use_true_random=False))
 def test_digests_are_those_of_what_is_read(case: Case, random: Any) -> None:
-    source, copied = reblocked(case)
-    blocks = [BlockId(random.randrange(source.layout.blocks)) for _ in range(random.randrange(9))]
-    assert source.digests(blocks) == block_digests(memoryview(copied.tobytes()), source.layout, blocks)
+    with reblocked(case) as (source, copied):
+        blocks = [BlockId(random.randrange(source.layout.blocks)) for _ in range(random.randrange(9))]
+        assert source.digests(blocks) == block_digests(memoryview(copied.tobytes()), source.layout, blocks)
 
 
 def test_blocks_of_more_than_a_batch_are_digested_too() -> None:
     layout = KVLayout(layers=1, blocks=40, block_tokens=16, kv_heads=8, head_dim=128, dtype="bfloat16")
-    region = HostRegion.allocate(layout)
-    fill_random(region, seed=3)
-    same = Reblocked(region, ids(*range(40)), 640, layout)
-    assert same.digests(ids(*range(40))) == region.digests(ids(*range(40)))
+    with closing(HostRegion.allocate(layout)) as region:
+        fill_random(region, seed=3)
+        same = Reblocked(region, ids(*range(40)), 640, layout)
+        assert same.digests(ids(*range(40))) == region.digests(ids(*range(40)))
 
 
 @pytest.mark.parametrize("change", [{"kv_heads": 2}, {"dtype": "bfloat16"}, {"layers": 3}])
 def test_only_the_size_of_blocks_can_be_another(change: dict[str, Any]) -> None:
-    with pytest.raises(AssertionError):
-        Reblocked(HostRegion.allocate(BASE), ids(1), 4, replace(BASE, **change))
+    with closing(HostRegion.allocate(BASE)) as region, pytest.raises(AssertionError):
+        Reblocked(region, ids(1), 4, replace(BASE, **change))
 
 
 def test_there_must_be_a_block_for_every_token() -> None:
-    with pytest.raises(AssertionError):
-        Reblocked(HostRegion.allocate(BASE), ids(1), 5, BASE)
+    with closing(HostRegion.allocate(BASE)) as region, pytest.raises(AssertionError):
+        Reblocked(region, ids(1), 5, BASE)
 
 
 # ---- over transports

@@ -107,6 +107,7 @@ def run(test: Callable[[Rig], Awaitable[None]], rig: Callable[[], Rig] = Rig) ->
                 await test(made)
             finally:
                 await made.recut.close()
+                made.region.close()
 
     asyncio.run(main())
 
