@@ -1,11 +1,13 @@
 """The peer's side of bench.transfer, run by the peer's own interpreter: NIXL as it comes, without anything of Baton's.
 
-One end a process: `python -m bench.transfer_peer SLICE_BYTES LAYERS BLOCKS`. It does what NIXL's examples and its users
-do: registers the memory once, prepares the lists of both sides' slices once, makes a request of their indices for each
-transfer, posts it and asks for its state until it is done. Written against nixl-cu12 1.5.1.
+One end a process: `python -m bench.transfer_peer MEMORY SLICE_BYTES LAYERS BLOCKS`, where MEMORY is `shared`, of the kind
+that a worker's region is in, or `private`, which the system may put into huge pages: UCX reads these much faster. It does
+what NIXL's examples and its users do: registers the memory once, prepares the lists of both sides' slices once, makes a
+request of their indices for each transfer, posts it and asks for its state until it is done. Written against nixl-cu12 1.5.1.
 """
 
 import asyncio
+import mmap
 import os
 import sys
 import time
@@ -23,9 +25,9 @@ MEMORY = "DRAM"
 class NixlEnd:
     """Its slices lie one after the other."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, memory: str) -> None:
         self._form = form
-        self._array = np.zeros(form.total_bytes, np.uint8)
+        self._array = allocated(form.total_bytes, memory)
         self._memory = self._array.data
         self._agent: Any = nixl_agent(f"bench-{os.getpid()}", nixl_agent_config(enable_prog_thread=True))
         self._registered = self._agent.register_memory([(self._address, form.total_bytes, 0, "")], MEMORY)
@@ -69,8 +71,16 @@ class NixlEnd:
         return tails_checksum(flat_slices(self._memory, Form(self._form.slice_bytes, layers, blocks)))
 
 
-async def main(*form: str) -> None:
-    end = NixlEnd(Form(*map(int, form)))
+def allocated(size_bytes: int, memory: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    if memory == "private":
+        return np.zeros(size_bytes, np.uint8)
+    descriptor = os.memfd_create("bench")
+    os.ftruncate(descriptor, size_bytes)
+    return np.frombuffer(mmap.mmap(descriptor, size_bytes), np.uint8)
+
+
+async def main(memory: str, *form: str) -> None:
+    end = NixlEnd(Form(*map(int, form)), memory)
     handlers: Handlers = {"open": end.open, "connect": end.connect, "move": end.move, "check": end.check}
     await answer({**handlers, "cpu": time.process_time})
 

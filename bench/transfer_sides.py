@@ -110,8 +110,9 @@ def baselines() -> list[Side]:
 
 
 def peer_sides(python: Path) -> list[Side]:
-    """Bare NIXL, both ways."""
+    """Bare NIXL, both ways: in memory like a worker's region, and in private memory, which may lie in huge pages."""
     return [
-        Side(f"nixl-{operation}", "bench.transfer_peer", python=python, more={"operation": operation.upper()})
+        Side(f"nixl-{operation}{suffix}", "bench.transfer_peer", (memory,), python, {"operation": operation.upper()})
+        for memory, suffix in (("shared", ""), ("private", "-private"))
         for operation in ("write", "read")
     ]

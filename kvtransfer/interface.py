@@ -82,8 +82,8 @@ class Connection(Protocol):
 
     async def write(self, layer: int, source: Sequence[BlockId], target: Sequence[BlockId]) -> None:
         """Copies the key and the value slice of each source block, in one layer, to the target block
-        of the same index. Returns when the source may change again: not when the bytes have landed.
-        Cancelled, it ends when the source is no longer read."""
+        of the same index. Returns when there is room for the next: the source must stay as it is until a fence or
+        `close` has returned. Cancelled, it ends when the source is no longer read."""
 
     async def fence(self) -> None:
         """Returns when everything written so far lies in the peer's region."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from baton.clock import Clock
 from baton.errors import InvalidRequest, TransferError
 from baton.ids import BlockId, RequestId
-from baton.process import ProcessIdentity
 from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.convert import layout_from_proto, logprobs_to_proto
 from engine.interface import Admitted, BlocksDigested, BlocksWritten, Failed, Generated
@@ -147,13 +146,10 @@ class PrefillJob:
 
     async def started(self) -> worker_pb2.PrefillStarted:
         event = await asyncio.shield(self._is_admitted)
-        writer = ProcessIdentity.own()
         return worker_pb2.PrefillStarted(
             transport=self.connection.transport,
             queue_s=self._admitted_s - self._arrived_s,
             cached_tokens=event.cached_tokens,
-            writer_pid=writer.pid,
-            writer_started_ticks=writer.started_ticks,
         )
 
     async def send(self, tell: Tell) -> None:

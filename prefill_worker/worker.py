@@ -17,6 +17,7 @@ from engine.host import WorkerHost
 from engine.interface import BlocksWritten, EngineRequest, Prefill, StepResult
 from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
+from prefill_worker.gather import Layer, LayerGatherer
 from prefill_worker.job import PrefillJob, Sending
 from prefill_worker.metrics import SendMetrics
 from prefill_worker.recut import Recut
@@ -59,6 +60,7 @@ class PrefillWorker:
         """Returns when the model is loaded, the port is open and the cluster knows."""
         self._loop = asyncio.get_running_loop()
         await self._host.load()
+        self._gatherer = LayerGatherer(self._host.model.layout, self._deliver)
         servicer = PrefillServicer(self)
         await self._host.serve(
             SERVICE, lambda server: worker_pb2_grpc.add_PrefillWorkerServicer_to_server(servicer, server)
@@ -160,12 +162,17 @@ class PrefillWorker:
 
     def _on_layer(self, layer: int, written: Sequence[BlocksWritten]) -> None:
         """On the engine's thread."""
-        self._loop.call_soon_threadsafe(self._dispatch_layer, layer, written)
+        self._gatherer.written(layer, written)
 
-    def _dispatch_layer(self, layer: int, written: Sequence[BlocksWritten]) -> None:
-        for event in written:
-            if feed := self._feeds.get(event.request_id):
-                feed.written(layer, event)
+    def _deliver(self, layers: Sequence[Layer]) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._dispatch, layers)
+
+    def _dispatch(self, layers: Sequence[Layer]) -> None:
+        for layer, written in layers:
+            for event in written:
+                if feed := self._feeds.get(event.request_id):
+                    feed.written(layer, event)
 
     def _on_result(self, result: StepResult) -> None:
         for admitted in result.admitted:

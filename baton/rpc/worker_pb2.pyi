@@ -162,18 +162,14 @@ class PrefillResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., commit: _Optional[_Union[PrefillCommit, _Mapping]] = ..., released: _Optional[_Union[PrefillReleased, _Mapping]] = ..., landed: _Optional[_Union[_transfer_pb2.BlocksLanded, _Mapping]] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
-    __slots__ = ("transport", "queue_s", "cached_tokens", "writer_pid", "writer_started_ticks")
+    __slots__ = ("transport", "queue_s", "cached_tokens")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    WRITER_PID_FIELD_NUMBER: _ClassVar[int]
-    WRITER_STARTED_TICKS_FIELD_NUMBER: _ClassVar[int]
     transport: str
     queue_s: float
     cached_tokens: int
-    writer_pid: int
-    writer_started_ticks: int
-    def __init__(self, transport: _Optional[str] = ..., queue_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., writer_pid: _Optional[int] = ..., writer_started_ticks: _Optional[int] = ...) -> None: ...
+    def __init__(self, transport: _Optional[str] = ..., queue_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillCommit(_message.Message):
     __slots__ = ("first_token", "logprobs", "blocks", "transfer_bytes", "prefill_s", "transfer_s", "transfer_exposed_s")

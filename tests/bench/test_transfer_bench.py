@@ -156,4 +156,5 @@ def test_the_peer_is_asked_to_write_and_to_read(tmp_path: Path) -> None:
     sides, results = peer_sides(interpreter(tmp_path, PEER)), Results()
     for side in sides:
         measure_turn(side, SMALL, results)
-    assert list(results.by_side) == ["nixl-write", "nixl-read"] and not results.left_out
+    assert list(results.by_side) == ["nixl-write", "nixl-read", "nixl-write-private", "nixl-read-private"]
+    assert not results.left_out

@@ -327,8 +327,8 @@ def test_a_receiver_that_never_answers_is_given_up() -> None:
         connection: Any = await ends.connect(ids(1))
         connection._sender.stall_timeout_s = 0.05
         connection._channel.send = lambda *_: None
+        await connection.write(0, ids(1), ids(1))
         with pytest.raises(TransferError, match=r"took nothing for 0\.05 s"):
-            await connection.write(0, ids(1), ids(1))
             await connection.fence()
         await connection.close()
 
@@ -486,8 +486,8 @@ def test_a_receiver_that_is_stopped_is_given_up() -> None:
         offers = [Offer(*offer) for offer in await heard(pipe)]  # type: ignore[attr-defined]
         connection = await sender.connect(offers[0], LARGE)
         signalled(process, signal.SIGSTOP)
+        await connection.write(0, EVERYTHING, EVERYTHING)
         with pytest.raises(TransferError, match=r"took nothing for 0\.3 s"):
-            await connection.write(0, EVERYTHING, EVERYTHING)
             await connection.fence()
         await sender.close()
 
