@@ -1,9 +1,10 @@
 """The peer's side of bench.transfer, run by the peer's own interpreter: NIXL as it comes, without anything of Baton's.
 
-One end a process: `python -m bench.transfer_peer MEMORY SLICE_BYTES LAYERS BLOCKS`, where MEMORY is `shared`, of the kind
-that a worker's region is in, or `private`, which the system may put into huge pages: UCX reads these much faster. It does
-what NIXL's examples and its users do: registers the memory once, prepares the lists of both sides' slices once, makes a
-request of their indices for each transfer, posts it and asks for its state until it is done. Written against nixl-cu12 1.5.1.
+One end a process: `python -m bench.transfer_peer MEMORY SLICE_BYTES LAYERS BLOCKS`, where MEMORY is `shared`, of the
+kind that a worker's region is in, or `private`, which the system may put into huge pages: UCX reads these much faster.
+It does what NIXL's examples and its users do: registers the memory once, prepares the lists of both sides' slices once,
+makes a request of their indices for each transfer, posts it and asks for its state until it is done. Written against
+nixl-cu12 1.5.1.
 """
 
 import asyncio
