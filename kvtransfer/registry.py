@@ -18,6 +18,7 @@ from baton.layout import KVLayout
 from kvtransfer.inproc import InprocHub, InprocReceiver, InprocSender
 from kvtransfer.interface import Connection, Offer, Region
 from kvtransfer.metrics import TransferMetrics
+from kvtransfer.nixl.library import installed
 from kvtransfer.port import AS_THEY_LIE, Place, Port, Transport
 from kvtransfer.shm.receiver import ShmReceiver
 from kvtransfer.shm.sender import ShmSender
@@ -56,16 +57,16 @@ def _ucx(place: Place) -> Port:
     return make_port(place)
 
 
-def _package(name: str, extra: str) -> Callable[[], str | None]:
-    sentence = f"The package {name} is not installed; pip install 'kvbaton[{extra}]' brings it."
-    return lambda: None if find_spec(name) else sentence
+def _package(extra: str, is_installed: Callable[[], object]) -> Callable[[], str | None]:
+    sentence = f"Its package is not installed; pip install 'kvbaton[{extra}]' brings it."
+    return lambda: None if is_installed() else sentence
 
 
 BUILT_IN = {
     "inproc": Transport(_inproc),
     "shm": Transport(_shm),
-    "nixl": Transport(_nixl, _package("nixl_cu12", "nixl")),
-    "ucx": Transport(_ucx, _package("ucxx", "ucx")),
+    "nixl": Transport(_nixl, _package("nixl", installed)),
+    "ucx": Transport(_ucx, _package("ucx", lambda: find_spec("ucxx"))),
     "tcp": Transport(_tcp),
 }
 

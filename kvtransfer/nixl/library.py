@@ -2,10 +2,19 @@
 
 import logging
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 TRANSPORT = "nixl"
+PACKAGES = ("nixl_cu13", "nixl_cu12")
+"""One for each CUDA version; without a GPU either will do."""
+
+
+def installed() -> str | None:
+    """The package to use; None: there is none."""
+    return next((name for name in PACKAGES if find_spec(name)), None)
 
 
 @cache
@@ -16,8 +25,9 @@ def library() -> ModuleType:
     undone here. What its C++ part has to say, which is warnings and errors, goes to the standard error as ever.
     """
     raise_exceptions = logging.raiseExceptions
-    from nixl_cu12 import _api
-
+    name = installed()
+    assert name is not None, "the registry leaves the transport out where the package is missing"
+    _api = import_module(f"{name}._api")
     logging.raiseExceptions = raise_exceptions
     chatter = logging.getLogger("nixl")
     chatter.handlers.clear()

@@ -1,7 +1,6 @@
 """The engine's device memory, as NIXL is told of it; where there is a GPU, moved by it."""
 
 import asyncio
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from transfer_rig import REQUEST, SOURCE_LAYOUT, TARGET_LAYOUT, ids
 
 from baton.errors import TransferError
 from engine.device_region import DeviceRegion
+from kvtransfer.nixl.library import installed
 from kvtransfer.nixl.segment import DeviceMemory, segment_of
 from kvtransfer.registry import make_ports
 
@@ -23,7 +23,7 @@ def test_a_device_region_on_the_cpu_is_for_other_transports() -> None:
         segment_of(region)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("nixl_cu12") is None, reason="needs a GPU and NIXL")
+@pytest.mark.skipif(not torch.cuda.is_available() or installed() is None, reason="needs a GPU and NIXL")
 def test_blocks_go_from_device_memory_to_device_memory() -> None:
     async def scenario() -> None:
         device = torch.device("cuda", 0)
