@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from baton.errors import TransferError
+from kvtransfer.control import Fault
 from kvtransfer.nixl.proof import SEAL_BYTES, Greeting, Role, Sealer
-from kvtransfer.nixl.wire import BODY_BYTES_MAX, Fault, Header, Kind
+from kvtransfer.nixl.wire import BODY_BYTES_MAX, Header, Kind
 
 
 @dataclass(frozen=True, slots=True)

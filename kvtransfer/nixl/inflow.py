@@ -8,13 +8,14 @@ import numpy as np
 
 from baton.clock import monotonic
 from baton.errors import TransferError
+from kvtransfer.control import Fault, layout_digest
 from kvtransfer.nixl.agent import Peer
 from kvtransfer.nixl.channel import Channel, Frame, Lost, Malformed
 from kvtransfer.nixl.library import TRANSPORT
 from kvtransfer.nixl.pipeline import Read
 from kvtransfer.nixl.proof import PROOF_BYTES, Greeting, Role, draw_nonce, ticket_key
 from kvtransfer.nixl.segment import slice_indices
-from kvtransfer.nixl.wire import READY_BLOCKS_MAX, READY_MAX, Fault, Hello, Kind, layout_digest, unpack_source
+from kvtransfer.nixl.wire import READY_BLOCKS_MAX, READY_MAX, Hello, Kind, unpack_source
 from kvtransfer.tickets import Ticket
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from baton.errors import TransferError
 from baton.ids import BlockId, RequestId
+from kvtransfer.control import Address
 from kvtransfer.interface import Offer
 from kvtransfer.nixl.driver import Driver
 from kvtransfer.nixl.inflow import PATIENCE, Inflow, Patience
 from kvtransfer.nixl.library import TRANSPORT
 from kvtransfer.nixl.peers import Peers
 from kvtransfer.nixl.pipeline import Read, Unwanted
-from kvtransfer.nixl.wire import Address
 from kvtransfer.port import Place
 from kvtransfer.tickets import Ticket, TicketBook
 

@@ -10,6 +10,7 @@ from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from kvtransfer.connection import CLOSED, MeasuredConnection
+from kvtransfer.control import Address, Fault, layout_digest
 from kvtransfer.interface import Offer, Source
 from kvtransfer.nixl.channel import Channel, Frame, Lost
 from kvtransfer.nixl.driver import Driver
@@ -17,16 +18,7 @@ from kvtransfer.nixl.library import TRANSPORT
 from kvtransfer.nixl.pipeline import READ_BYTES_MAX
 from kvtransfer.nixl.proof import NONCE_BYTES, Greeting, Role, draw_nonce, ticket_key
 from kvtransfer.nixl.segment import DeviceMemory
-from kvtransfer.nixl.wire import (
-    READY_BLOCKS_MAX,
-    READY_MAX,
-    Address,
-    Fault,
-    Hello,
-    Kind,
-    layout_digest,
-    pack_source,
-)
+from kvtransfer.nixl.wire import READY_BLOCKS_MAX, READY_MAX, Hello, Kind, pack_source
 from kvtransfer.port import AS_THEY_LIE, Place
 
 CONNECT_TIMEOUT_S = 10.0
@@ -97,6 +89,7 @@ class NixlConnection(MeasuredConnection):
         self._cutting: asyncio.TimerHandle | None = None
         self._unread = 0
         """Pieces that were announced, and are not known to have been read."""
+        self._closing = asyncio.Lock()
         self._attention = ExitStack()
         """Held while there are any."""
         sender.connections.add(self)
@@ -118,6 +111,8 @@ class NixlConnection(MeasuredConnection):
             raise
 
     def _announce(self, layer: int, count: int, body: bytes) -> None:
+        if self._cutting is not None:
+            raise TransferError(CLOSED)
         if not self._unread:
             self._attention.enter_context(self._sender.driver.attending())
         self._channel.send(Kind.READY, body, layer, count)
@@ -150,10 +145,14 @@ class NixlConnection(MeasuredConnection):
             raise TransferError(f"The receiver took nothing for {stall_timeout_s:g} s.") from None
 
     async def close(self) -> None:
-        if self._unread and self._broken is None and self._idle.is_set():
-            self._broken = CLOSED
-            await self._let_go()
-        await super().close()
+        async with self._closing:
+            if not self._idle.is_set():
+                self._interrupt()
+            self._broken = self._broken or CLOSED
+            await self._idle.wait()
+            if self._unread and not self._is_released:
+                await self._let_go()
+            await super().close()
 
     async def _let_go(self) -> None:
         """Returns when the receiver has ended the read that it is in, LET_GO_S at most."""

@@ -16,23 +16,20 @@ From WELCOME on each frame but ERROR ends in a seal (16 bytes). All numbers are 
 ticket.
 """
 
-import hashlib
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from io import BytesIO
 from typing import ClassVar
 
 from baton.errors import TransferError
-from baton.layout import KVLayout
+from kvtransfer.control import DIGEST_BYTES
 from kvtransfer.nixl.agent import Source
 from kvtransfer.nixl.proof import NONCE_BYTES
 from kvtransfer.nixl.segment import Segment
 from kvtransfer.region import pack_layout, unpack_layout
-from kvtransfer.tickets import SECRET_BYTES
 
 MAGIC = b"BNX1"
-DIGEST_BYTES = 16
 BODY_BYTES_MAX = 64 * 1024
 READY_BLOCKS_MAX = 4096
 """In one READY."""
@@ -50,31 +47,6 @@ class Kind(IntEnum):
     FENCE = 7
     FENCED = 8
     ERROR = 9
-
-
-class Fault(IntEnum):
-    """Why the receiver reads no more."""
-
-    MALFORMED = 1
-    UNAUTHORIZED = 2
-    TICKET_CLOSED = 3
-    BLOCK_OUTSIDE = 4
-    LAYOUT = 5
-    UNREADABLE = 6
-
-    @property
-    def sentence(self) -> str:
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Fault.MALFORMED: "The receiver could not understand what was sent.",
-    Fault.UNAUTHORIZED: "The receiver knows no open ticket with that secret, or has another cluster secret.",
-    Fault.TICKET_CLOSED: "The receiver has closed the ticket.",
-    Fault.BLOCK_OUTSIDE: "A target block is not part of the ticket.",
-    Fault.LAYOUT: "The region of the peer has another layout than it said.",
-    Fault.UNREADABLE: "The receiver could not read this worker's region.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +84,6 @@ class Hello:
         return cls(*cls.FORMAT.unpack(data)) if len(data) == cls.FORMAT.size else None
 
 
-def layout_digest(layout: KVLayout) -> bytes:
-    return hashlib.sha256(pack_layout(layout)).digest()[:DIGEST_BYTES]
-
-
 _LENGTHS = struct.Struct("!II")
 
 
@@ -133,27 +101,3 @@ def unpack_source(data: bytes) -> Source:
     except (struct.error, UnicodeDecodeError):
         raise TransferError("This is not a source that this version understands.") from None
     return Source(layout, Segment.unpack(stream.read(Segment.FORMAT.size), layout), name, stream.read())
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """An offer's descriptor: where the receiver listens, and the ticket's number and secret."""
-
-    host: str
-    port: int
-    ticket: int
-    secret: bytes = field(repr=False)
-
-    FORMAT: ClassVar[struct.Struct] = struct.Struct(f"!HQ{SECRET_BYTES}s")
-
-    def pack(self) -> bytes:
-        return self.FORMAT.pack(self.port, self.ticket, self.secret) + self.host.encode()
-
-    @classmethod
-    def unpack(cls, data: bytes) -> "Address":
-        """Raises TransferError for anything that `pack` did not make."""
-        try:
-            port, ticket, secret = cls.FORMAT.unpack(data[: cls.FORMAT.size])
-            return cls(data[cls.FORMAT.size :].decode(), port, ticket, secret)
-        except (struct.error, UnicodeDecodeError):
-            raise TransferError("The offer is not one that this version understands.") from None

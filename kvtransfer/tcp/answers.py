@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Callable
 
 from baton.errors import TransferError
+from kvtransfer.control import Fault
 from kvtransfer.tcp.proof import NONCE_BYTES, PROOF_BYTES
-from kvtransfer.tcp.wire import Fault, Header, Kind
+from kvtransfer.tcp.wire import Header, Kind
 
 LOST = "The receiver closed the connection."
 _UNASKED = "The receiver sent an answer that nobody asked for."

@@ -6,12 +6,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from baton.clock import Clock
 from baton.ids import BlockId
 from baton.layout import KVLayout
+from kvtransfer.control import Fault, layout_digest
 from kvtransfer.interface import REPEATS_MAX, Region
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.runs import RUN_BYTES_MAX, Run, run_blocks_max, runs_of
 from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.proof import Greeting, Role, ticket_key
-from kvtransfer.tcp.wire import TRANSPORT, Fault, Header, Hello, Kind, layout_digest
+from kvtransfer.tcp.wire import TRANSPORT, Header, Hello, Kind
 from kvtransfer.tickets import SECRET_BYTES, Ticket, TicketBook
 
 LAND_VIEWS_MAX = 128

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from baton.clock import monotonic
 from baton.ids import BlockId, RequestId
+from kvtransfer.control import Address
 from kvtransfer.interface import Offer
 from kvtransfer.port import Place
 from kvtransfer.tcp.inflow import Inflow, SocketInflow
@@ -15,7 +16,7 @@ from kvtransfer.tcp.listener import Listener
 from kvtransfer.tcp.patience import PATIENCE, Patience
 from kvtransfer.tcp.proof import NONCE_BYTES
 from kvtransfer.tcp.tls_inflow import TlsInflow
-from kvtransfer.tcp.wire import TRANSPORT, Address
+from kvtransfer.tcp.wire import TRANSPORT
 from kvtransfer.tickets import TicketBook
 from kvtransfer.tls import TlsContexts
 

@@ -9,13 +9,14 @@ from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from kvtransfer.connection import MeasuredConnection
+from kvtransfer.control import Address, layout_digest
 from kvtransfer.interface import Offer
 from kvtransfer.port import Place
 from kvtransfer.runs import run_blocks_max, runs_of
 from kvtransfer.tcp.answers import LOST
 from kvtransfer.tcp.link import Link
 from kvtransfer.tcp.proof import ticket_key
-from kvtransfer.tcp.wire import TRANSPORT, Address, Header, Kind, layout_digest
+from kvtransfer.tcp.wire import TRANSPORT, Header, Kind
 from kvtransfer.tls import TlsContexts
 
 CONNECT_TIMEOUT_S = 5.0

@@ -14,20 +14,16 @@ All numbers are big-endian. A connection carries one ticket at a time: a HELLO b
 that nobody in the middle changes what is written, only TLS says.
 """
 
-import hashlib
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar
 
-from baton.errors import TransferError
-from baton.layout import KVLayout
-from kvtransfer.region import pack_layout
+from kvtransfer.control import DIGEST_BYTES
 from kvtransfer.tcp.proof import NONCE_BYTES, PROOF_BYTES
 
 TRANSPORT = "tcp"
 _MAGIC = b"BKV2"
-DIGEST_BYTES = 16
 
 
 class Kind(IntEnum):
@@ -38,29 +34,6 @@ class Kind(IntEnum):
     ERROR = 5
     CHALLENGE = 6
     WELCOME = 7
-
-
-class Fault(IntEnum):
-    """Why the receiver takes no more."""
-
-    MALFORMED = 1
-    UNAUTHORIZED = 2
-    TICKET_CLOSED = 3
-    BLOCK_OUTSIDE = 4
-    LAYOUT = 5
-
-    @property
-    def sentence(self) -> str:
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Fault.MALFORMED: "The receiver could not understand what was sent.",
-    Fault.UNAUTHORIZED: "The receiver knows no open ticket with that secret, or has another cluster secret.",
-    Fault.TICKET_CLOSED: "The receiver has closed the ticket.",
-    Fault.BLOCK_OUTSIDE: "A target block is not part of the ticket.",
-    Fault.LAYOUT: "The region of the peer has another layout than it said.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,32 +71,3 @@ class Hello:
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> "Hello":
         return cls(*cls.FORMAT.unpack(data))
-
-
-def layout_digest(layout: KVLayout) -> bytes:
-    return hashlib.sha256(pack_layout(layout)).digest()[:DIGEST_BYTES]
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """An offer's descriptor: where the receiver listens and whether by TLS, the ticket's number and secret."""
-
-    host: str
-    port: int
-    ticket: int
-    secret: bytes = field(repr=False)
-    is_tls: bool = False
-
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("!?HQ16s")
-
-    def pack(self) -> bytes:
-        return self.FORMAT.pack(self.is_tls, self.port, self.ticket, self.secret) + self.host.encode()
-
-    @classmethod
-    def unpack(cls, data: bytes) -> "Address":
-        """Raises TransferError for anything that `pack` did not make."""
-        try:
-            is_tls, port, ticket, secret = cls.FORMAT.unpack(data[: cls.FORMAT.size])
-            return cls(data[cls.FORMAT.size :].decode(), port, ticket, secret, is_tls)
-        except (struct.error, UnicodeDecodeError):
-            raise TransferError("The offer is not one that this version understands.") from None

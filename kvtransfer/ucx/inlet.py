@@ -11,6 +11,7 @@ from typing import Protocol
 from baton.clock import Clock
 from baton.errors import TransferError
 from baton.ids import BlockId
+from kvtransfer.control import Fault, layout_digest
 from kvtransfer.interface import REPEATS_MAX, Region
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.runs import run_blocks_max
@@ -21,13 +22,11 @@ from kvtransfer.ucx.wire import (
     FAULT,
     TRANSPORT,
     TRIAL_BYTES,
-    Fault,
     Frame,
     Hello,
     Kind,
     TargetRun,
     Welcome,
-    layout_digest,
     tag_of,
     unpack_runs,
 )

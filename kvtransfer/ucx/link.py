@@ -7,11 +7,12 @@ import struct
 from collections.abc import Sequence
 
 from baton.errors import TransferError
+from kvtransfer.control import Fault
 from kvtransfer.tcp.proof import NONCE_BYTES, Greeting, Role
 from kvtransfer.ucx.channel import Channel
 from kvtransfer.ucx.lane import Lane
 from kvtransfer.ucx.library import Context
-from kvtransfer.ucx.wire import COUNT, FAULT, TRIAL_BYTES, Fault, Frame, Hello, Kind, Welcome, tag_of
+from kvtransfer.ucx.wire import COUNT, FAULT, TRIAL_BYTES, Frame, Hello, Kind, Welcome, tag_of
 
 UNDER_WAY_MAX = 32
 """Messages, of a run each; when it is reached, more are sent once half of them are done."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from baton.clock import monotonic
 from baton.errors import TransferError
 from baton.ids import BlockId, RequestId
+from kvtransfer.control import Address, Fault
 from kvtransfer.interface import Offer
 from kvtransfer.port import Place
 from kvtransfer.tickets import Ticket, TicketBook
@@ -14,7 +15,7 @@ from kvtransfer.ucx.channel import Channel
 from kvtransfer.ucx.inlet import PATIENCE, Inlet, Patience
 from kvtransfer.ucx.lane import Lane
 from kvtransfer.ucx.library import Context
-from kvtransfer.ucx.wire import TRANSPORT, Address, Fault, Frame
+from kvtransfer.ucx.wire import TRANSPORT, Frame
 
 LINKS_MAX = 1024
 UNAUTHENTICATED_MAX = 256

@@ -9,13 +9,14 @@ from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from kvtransfer.connection import MeasuredConnection
+from kvtransfer.control import Address, layout_digest
 from kvtransfer.interface import Offer
 from kvtransfer.port import Place
 from kvtransfer.runs import Run, run_blocks_max, runs_of
 from kvtransfer.tcp.proof import ticket_key
 from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.link import INTERRUPTED, LOST, Link
-from kvtransfer.ucx.wire import RUNS_MAX, TRANSPORT, Address, Frame, Kind, TargetRun, layout_digest, pack_runs
+from kvtransfer.ucx.wire import RUNS_MAX, TRANSPORT, Frame, Kind, TargetRun, pack_runs
 
 CONNECT_TIMEOUT_S = 5.0
 STALL_TIMEOUT_S = 30.0

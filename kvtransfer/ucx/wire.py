@@ -15,7 +15,6 @@ either side. The slices themselves are UCX messages, numbered from 1 in the orde
 All numbers are big-endian. A connection carries one ticket at a time: a HELLO begins the next.
 """
 
-import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,14 +22,12 @@ from enum import IntEnum
 from typing import ClassVar
 
 from baton.errors import TransferError
-from baton.layout import KVLayout
-from kvtransfer.region import pack_layout
+from kvtransfer.control import DIGEST_BYTES
 from kvtransfer.tcp.proof import NONCE_BYTES, PROOF_BYTES
 
 TRANSPORT = "ucx"
 _MAGIC = b"BUX1"
 BODY_BYTES_MAX = 8192
-DIGEST_BYTES = 16
 _NUMBER_BITS = 24
 TRIAL_BYTES = 8
 """Of message 0."""
@@ -44,31 +41,6 @@ class Kind(IntEnum):
     FENCE = 5
     ACK = 6
     ERROR = 7
-
-
-class Fault(IntEnum):
-    """Why the receiver takes no more."""
-
-    MALFORMED = 1
-    UNAUTHORIZED = 2
-    TICKET_CLOSED = 3
-    BLOCK_OUTSIDE = 4
-    LAYOUT = 5
-    UNREACHABLE = 6
-
-    @property
-    def sentence(self) -> str:
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Fault.MALFORMED: "The receiver could not understand what was sent.",
-    Fault.UNAUTHORIZED: "The receiver knows no open ticket with that secret, or has another cluster secret.",
-    Fault.TICKET_CLOSED: "The receiver has closed the ticket.",
-    Fault.BLOCK_OUTSIDE: "A target block is not part of the ticket.",
-    Fault.LAYOUT: "The region of the peer has another layout than it said.",
-    Fault.UNREACHABLE: "The receiver's UCX has no way to this one.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,32 +149,3 @@ def tag_of(tags: int, number: int) -> int:
     """Numbers begin anew after 2^24; far fewer are ever under way."""
     low = (1 << _NUMBER_BITS) - 1
     return (tags & ~low) | (number & low)
-
-
-def layout_digest(layout: KVLayout) -> bytes:
-    return hashlib.sha256(pack_layout(layout)).digest()[:DIGEST_BYTES]
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """An offer's descriptor: where the receiver's control connections come in, the ticket's number and secret."""
-
-    host: str
-    port: int
-    ticket: int
-    secret: bytes = field(repr=False)
-
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("!HQ16s")
-
-    def pack(self) -> bytes:
-        return self.FORMAT.pack(self.port, self.ticket, self.secret) + self.host.encode()
-
-    @classmethod
-    def unpack(cls, data: bytes) -> "Address":
-        """Raises TransferError for anything that `pack` did not make."""
-        try:
-            port, ticket, secret = cls.FORMAT.unpack(data[: cls.FORMAT.size])
-            host = data[cls.FORMAT.size :].decode()
-        except (struct.error, UnicodeDecodeError):
-            raise TransferError("The offer is not one that this version understands.") from None
-        return cls(host, port, ticket, secret)

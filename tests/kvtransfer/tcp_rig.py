@@ -13,6 +13,7 @@ from transfer_rig import SOURCE_LAYOUT, ids
 
 from baton.ids import RequestId
 from baton.layout import KVLayout
+from kvtransfer.control import Address, layout_digest
 from kvtransfer.interface import Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.port import Place
@@ -21,7 +22,7 @@ from kvtransfer.tcp.patience import PATIENCE, Patience
 from kvtransfer.tcp.proof import Greeting, Role, ticket_key
 from kvtransfer.tcp.receiver import TcpReceiver
 from kvtransfer.tcp.sender import TcpSender
-from kvtransfer.tcp.wire import Address, Header, Hello, Kind, layout_digest
+from kvtransfer.tcp.wire import Header, Hello, Kind
 from kvtransfer.tls import TlsFiles
 
 LAYOUT = SOURCE_LAYOUT

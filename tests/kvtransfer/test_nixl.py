@@ -36,13 +36,14 @@ from transfer_rig import (
 
 from baton.errors import TransferError
 from baton.ids import RequestId
+from kvtransfer.control import Address
 from kvtransfer.interface import Connection, Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.nixl.driver import Driver
 from kvtransfer.nixl.library import installed, library
 from kvtransfer.nixl.receiver import NixlReceiver
 from kvtransfer.nixl.sender import NixlSender
-from kvtransfer.nixl.wire import Address, Kind
+from kvtransfer.nixl.wire import Kind
 from kvtransfer.port import Place
 from kvtransfer.region import HostRegion
 from kvtransfer.registry import Ports, make_ports

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from baton.errors import TransferError
 from baton.layout import KVLayout
+from kvtransfer.control import Address, Fault
 from kvtransfer.nixl.agent import Source
 from kvtransfer.nixl.channel import Channel, Frame, Lost, Malformed
 from kvtransfer.nixl.proof import NONCE_BYTES, Greeting, Role, draw_nonce, ticket_key
 from kvtransfer.nixl.segment import DEVICE, HOST, Segment, segment_of, slice_indices
-from kvtransfer.nixl.wire import Address, Fault, Header, Hello, Kind, pack_source, unpack_source
+from kvtransfer.nixl.wire import Header, Hello, Kind, pack_source, unpack_source
 from kvtransfer.region import HostRegion
 
 LAYOUT = KVLayout(layers=2, blocks=5, block_tokens=4, kv_heads=2, head_dim=8, dtype="float32")

@@ -33,6 +33,7 @@ from transfer_rig import REQUEST, ids, open_fds, slices
 
 from baton.errors import TransferError
 from baton.ids import RequestId
+from kvtransfer.control import Address, Fault
 from kvtransfer.interface import Offer
 from kvtransfer.tcp import link as link_module
 from kvtransfer.tcp import listener as listener_module
@@ -42,7 +43,7 @@ from kvtransfer.tcp.inflow import SocketInflow
 from kvtransfer.tcp.listener import Listener
 from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.receiver import TcpReceiver
-from kvtransfer.tcp.wire import Address, Fault, Header, Kind
+from kvtransfer.tcp.wire import Header, Kind
 
 SHORT = Patience(hello_s=0.05, stall_s=0.05, idle_s=0.05, linger_s=0.05)
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import TransferError
+from kvtransfer.control import Fault
 from kvtransfer.tcp.answers import LOST, Answers
-from kvtransfer.tcp.wire import Fault, Header, Kind
+from kvtransfer.tcp.wire import Header, Kind
 
 CHALLENGE = Header(Kind.CHALLENGE, 0).pack() + b"c" * 16
 WELCOME = Header(Kind.WELCOME, 5, count=1).pack() + b"w" * 32

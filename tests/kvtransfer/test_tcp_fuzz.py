@@ -29,9 +29,10 @@ from tcp_rig import (
 from tls_certificates import tls_files
 from transfer_rig import REQUEST, ids, slices
 
+from kvtransfer.control import Address
 from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.receiver import TcpReceiver
-from kvtransfer.tcp.wire import Address, Header, Kind
+from kvtransfer.tcp.wire import Header, Kind
 from kvtransfer.tls import TlsFiles
 
 SHORT = Patience(hello_s=0.03, stall_s=0.03, idle_s=0.03, linger_s=0.03)

@@ -15,12 +15,13 @@ from transfer_rig import REQUEST, SOURCE_LAYOUT, StagedRegion, ids, is_mapped, s
 from baton.clock import ManualClock
 from baton.ids import RequestId
 from baton.layout import KVLayout
+from kvtransfer.control import Address, Fault, layout_digest
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
 from kvtransfer.tcp.inlet import LAND_VIEWS_MAX, Inlet
 from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.proof import Greeting, Role, ticket_key
-from kvtransfer.tcp.wire import Address, Fault, Header, Hello, Kind, layout_digest
+from kvtransfer.tcp.wire import Header, Hello, Kind
 from kvtransfer.tickets import Ticket, TicketBook
 
 LAYOUT = SOURCE_LAYOUT

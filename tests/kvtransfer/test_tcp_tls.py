@@ -37,6 +37,7 @@ from transfer_rig import REQUEST, fill_random, ids, slices
 
 from baton.errors import TransferError
 from baton.layout import KVLayout
+from kvtransfer.control import Address
 from kvtransfer.interface import Connection, Offer
 from kvtransfer.region import HostRegion
 from kvtransfer.tcp import receiver as receiver_module
@@ -44,7 +45,6 @@ from kvtransfer.tcp.patience import Patience
 from kvtransfer.tcp.receiver import TcpReceiver
 from kvtransfer.tcp.tls_inflow import TlsInflow
 from kvtransfer.tcp.tls_stream import PIECE_BYTES, TlsStream
-from kvtransfer.tcp.wire import Address
 from kvtransfer.tls import TlsContexts, TlsFiles
 
 MIB = KVLayout(layers=2, blocks=16, block_tokens=256, kv_heads=8, head_dim=128, dtype="float32")

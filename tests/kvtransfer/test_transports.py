@@ -26,6 +26,7 @@ from transfer_rig import (
 from baton.errors import TransferError
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
+from kvtransfer.nixl.library import installed
 from kvtransfer.region import HostRegion
 
 BIG_SOURCE = KVLayout(layers=1, blocks=64, block_tokens=64, kv_heads=8, head_dim=128, dtype="float32")
@@ -35,15 +36,18 @@ REGION_KINDS = {
     "shm": [(HostRegion, HostRegion), (StagedRegion, HostRegion)],
     "tcp": [(HostRegion, HostRegion), (StagedRegion, StagedRegion)],
     "ucx": [(HostRegion, HostRegion), (StagedRegion, StagedRegion)],
+    "nixl": [(HostRegion, HostRegion), (HostRegion, HostRegion)],
 }
 
 
-@pytest.fixture(params=["inproc", "shm", "tcp", "tcp on uvloop", "ucx", "ucx on uvloop"])
+@pytest.fixture(params=["inproc", "shm", "tcp", "tcp on uvloop", "ucx", "ucx on uvloop", "nixl", "nixl on uvloop"])
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     """Workers run on uvloop, which reads and writes sockets in ways of its own."""
     name, _, loop = request.param.partition(" on ")
     if name == "ucx" and find_spec("ucxx") is None:
         pytest.skip("ucxx is not installed")
+    if name == "nixl" and installed() is None:
+        pytest.skip("no package of NIXL is installed")
     if loop:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     yield name
@@ -192,7 +196,7 @@ def test_blocks_outside_the_ticket_are_refused(transport: str) -> None:
 
 
 def test_a_secret_that_is_wrong_by_one_bit_opens_nothing(transport: str) -> None:
-    secret_at = {"inproc": 3, "shm": 70, "tcp": 12, "ucx": 12}[transport]
+    secret_at = {"inproc": 3, "shm": 70, "tcp": 12, "ucx": 12, "nixl": 12}[transport]
 
     async def scenario(ends: Pair) -> None:
         offer = ends.open(ids(1))
@@ -285,7 +289,12 @@ def test_the_loop_runs_on_during_a_large_write(transport: str) -> None:
     async def scenario(ends: Pair) -> None:
         everything = ids(*range(BIG_SOURCE.blocks))
         connection = await ends.connect(everything)
-        writing = asyncio.ensure_future(connection.write(0, everything, everything))
+
+        async def write() -> None:
+            await connection.write(0, everything, everything)
+            await connection.fence()
+
+        writing = asyncio.ensure_future(write())
         turns = 0
         while not writing.done():
             await asyncio.sleep(0)

@@ -19,6 +19,7 @@ from transfer_rig import REQUEST, SOURCE_LAYOUT, TARGET_LAYOUT, fill_random, ids
 from baton.errors import TransferError
 from baton.ids import RequestId
 from baton.layout import KVLayout
+from kvtransfer.control import Address
 from kvtransfer.interface import Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.port import Place
@@ -31,7 +32,7 @@ from kvtransfer.ucx.inlet import PATIENCE, Patience
 from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.receiver import UcxReceiver
 from kvtransfer.ucx.sender import UcxSender
-from kvtransfer.ucx.wire import Address, Frame, Kind
+from kvtransfer.ucx.wire import Frame, Kind
 
 pytestmark = pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed")
 SECRET = b"the cluster's own secret"

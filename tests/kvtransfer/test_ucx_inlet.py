@@ -14,6 +14,7 @@ from transfer_rig import REQUEST, TARGET_LAYOUT, ids, slices
 
 from baton.clock import ManualClock
 from baton.errors import TransferError
+from kvtransfer.control import Address, Fault, layout_digest
 from kvtransfer.interface import REPEATS_MAX
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.region import HostRegion
@@ -24,14 +25,11 @@ from kvtransfer.ucx.wire import (
     BODY_BYTES_MAX,
     COUNT,
     FAULT,
-    Address,
-    Fault,
     Frame,
     Hello,
     Kind,
     TargetRun,
     Welcome,
-    layout_digest,
     pack_runs,
     tag_of,
     unpack_runs,
