@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -12,14 +12,13 @@ from kvtransfer.control import Fault, layout_digest
 from kvtransfer.nixl.agent import Peer
 from kvtransfer.nixl.channel import Channel, Frame, Lost, Malformed
 from kvtransfer.nixl.library import TRANSPORT
+from kvtransfer.nixl.peers import Peers
 from kvtransfer.nixl.pipeline import Read
 from kvtransfer.nixl.proof import PROOF_BYTES, Greeting, Role, draw_nonce, ticket_key
 from kvtransfer.nixl.segment import slice_indices
 from kvtransfer.nixl.wire import READY_BLOCKS_MAX, READY_MAX, Hello, Kind, unpack_source
-from kvtransfer.tickets import Ticket
-
-if TYPE_CHECKING:
-    from kvtransfer.nixl.receiver import NixlReceiver
+from kvtransfer.port import Place
+from kvtransfer.tickets import Ticket, TicketBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,18 @@ class Patience:
 PATIENCE = Patience()
 
 
+class Receiving(Protocol):
+    """What its connections need of the receiver."""
+
+    place: Place
+    patience: Patience
+    tickets: TicketBook
+    peers: Peers
+
+    def begin(self, ticket: Ticket, read: Read) -> None:
+        """Raises TransferError if the ticket was closed."""
+
+
 class _Refused(Exception):
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.sentence)
@@ -44,7 +55,7 @@ class _Refused(Exception):
 class Inflow:
     """Whatever comes, `run` raises nothing, and what is under way is bounded."""
 
-    def __init__(self, receiver: "NixlReceiver", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, receiver: Receiving, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._receiver, self._channel = receiver, Channel(reader, writer)
         self._layout = receiver.place.region.layout
         self._ticket: Ticket | None = None
