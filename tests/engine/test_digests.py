@@ -1,6 +1,6 @@
 """Digests by torch, which must be those that numpy makes of the same bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -30,10 +30,13 @@ def filled(layout: KVLayout) -> HostRegion:
     return region
 
 
-REGIONS = [filled(layout) for layout in LAYOUTS]
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: layout.dtype)
+def region(request: pytest.FixtureRequest) -> Iterator[HostRegion]:
+    region = filled(request.param)
+    yield region
+    region.close()
 
 
-@pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.layout.dtype)
 @given(blocks=st.lists(st.integers(0, 8), max_size=12).map(lambda blocks: list(map(BlockId, blocks))))
 def test_they_are_numpys(region: HostRegion, blocks: Sequence[BlockId]) -> None:
     begun = DeviceDigester(region_tensor(region)).begin(blocks)
@@ -41,7 +44,6 @@ def test_they_are_numpys(region: HostRegion, blocks: Sequence[BlockId]) -> None:
     assert begun.wait() == tuple(region.digests(blocks)) == RegionDigester(region).begin(blocks).wait()
 
 
-@pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.layout.dtype)
 @pytest.mark.parametrize("batch_bytes", [1, 600, 2**20])
 def test_how_much_is_digested_at_a_time_changes_nothing(
     region: HostRegion, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -58,22 +60,20 @@ def test_products_are_summed_as_matrices_are_multiplied() -> None:
     assert torch.equal((words * weights).sum(-1), digests._dot(words, weights))
 
 
-def test_a_device_region_digests_what_a_host_region_does() -> None:
-    host = REGIONS[0]
-    region = DeviceRegion(host.layout, torch.device("cpu"))
-    region.tensor.copy_(region_tensor(host))
+def test_a_device_region_digests_what_a_host_region_does(region: HostRegion) -> None:
+    device = DeviceRegion(region.layout, torch.device("cpu"))
+    device.tensor.copy_(region_tensor(region))
     blocks = [BlockId(8), BlockId(0), BlockId(3)]
-    assert list(region.digests(blocks)) == host.digests(blocks) == list(region.digester.begin(blocks).wait())
-    region.close()
+    assert list(device.digests(blocks)) == region.digests(blocks) == list(device.digester.begin(blocks).wait())
+    device.close()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("host", REGIONS, ids=lambda region: region.layout.dtype)
-def test_on_a_gpu_they_are_the_same(host: HostRegion) -> None:
-    region = DeviceRegion(host.layout, torch.device("cuda"))
-    region.tensor.copy_(region_tensor(host))
+def test_on_a_gpu_they_are_the_same(region: HostRegion) -> None:
+    device = DeviceRegion(region.layout, torch.device("cuda"))
+    device.tensor.copy_(region_tensor(region))
     blocks = [BlockId(8), BlockId(0), BlockId(3)]
-    begun = region.digester.begin(blocks)
-    assert list(begun.wait()) == host.digests(blocks) == list(region.digests(blocks))
+    begun = device.digester.begin(blocks)
+    assert list(begun.wait()) == region.digests(blocks) == list(device.digests(blocks))
     assert begun.is_done
-    region.close()
+    device.close()
