@@ -18,7 +18,7 @@ from baton.layout import KVLayout
 from kvtransfer.inproc import InprocHub, InprocReceiver, InprocSender
 from kvtransfer.interface import Connection, Offer, Region
 from kvtransfer.metrics import TransferMetrics
-from kvtransfer.nixl.library import installed
+from kvtransfer.nixl.package import installed
 from kvtransfer.port import AS_THEY_LIE, Place, Port, Transport
 from kvtransfer.shm.receiver import ShmReceiver
 from kvtransfer.shm.sender import ShmSender

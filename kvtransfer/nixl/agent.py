@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from baton.errors import TransferError
 from baton.layout import KVLayout
 from kvtransfer.interface import Region
-from kvtransfer.nixl.library import failures, library
+from kvtransfer.nixl.package import failures, library
 from kvtransfer.nixl.segment import Segment, segment_of
 
 _LOCAL = "NIXL_INIT_AGENT"

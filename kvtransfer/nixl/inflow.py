@@ -11,7 +11,7 @@ from baton.errors import TransferError
 from kvtransfer.control import Fault, layout_digest
 from kvtransfer.nixl.agent import Peer
 from kvtransfer.nixl.channel import Channel, Frame, Lost, Malformed
-from kvtransfer.nixl.library import TRANSPORT
+from kvtransfer.nixl.package import TRANSPORT
 from kvtransfer.nixl.peers import Peers
 from kvtransfer.nixl.pipeline import Read
 from kvtransfer.nixl.proof import PROOF_BYTES, Greeting, Role, draw_nonce, ticket_key

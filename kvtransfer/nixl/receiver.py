@@ -11,7 +11,7 @@ from kvtransfer.control import Address
 from kvtransfer.interface import Offer
 from kvtransfer.nixl.driver import Driver
 from kvtransfer.nixl.inflow import PATIENCE, Inflow, Patience
-from kvtransfer.nixl.library import TRANSPORT
+from kvtransfer.nixl.package import TRANSPORT
 from kvtransfer.nixl.peers import Peers
 from kvtransfer.nixl.pipeline import Read, Unwanted
 from kvtransfer.port import Place

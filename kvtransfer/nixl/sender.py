@@ -14,7 +14,7 @@ from kvtransfer.control import Address, Fault, layout_digest
 from kvtransfer.interface import Offer, Source
 from kvtransfer.nixl.channel import Channel, Frame, Lost
 from kvtransfer.nixl.driver import Driver
-from kvtransfer.nixl.library import TRANSPORT
+from kvtransfer.nixl.package import TRANSPORT
 from kvtransfer.nixl.pipeline import READ_BYTES_MAX
 from kvtransfer.nixl.proof import NONCE_BYTES, Greeting, Role, draw_nonce, ticket_key
 from kvtransfer.nixl.segment import DeviceMemory

@@ -14,7 +14,7 @@ import numpy as np
 
 from baton.clock import Clock, monotonic
 from baton.errors import TransferError
-from kvtransfer.ucx.library import Context
+from kvtransfer.ucx.context import Context
 
 BURST_S = 0.0005
 """Of work between two turns of the loop, give or take a step of UCX's."""

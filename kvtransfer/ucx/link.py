@@ -10,8 +10,8 @@ from baton.errors import TransferError
 from kvtransfer.control import Fault
 from kvtransfer.tcp.proof import NONCE_BYTES, Greeting, Role
 from kvtransfer.ucx.channel import Channel
+from kvtransfer.ucx.context import Context
 from kvtransfer.ucx.lane import Lane
-from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.wire import COUNT, FAULT, TRIAL_BYTES, Frame, Hello, Kind, Welcome, tag_of
 
 UNDER_WAY_MAX = 32

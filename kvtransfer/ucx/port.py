@@ -1,8 +1,8 @@
 """One worker's end of ucx."""
 
 from kvtransfer.port import Place, Port
+from kvtransfer.ucx.context import Context
 from kvtransfer.ucx.devices import net_devices
-from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.receiver import UcxReceiver
 from kvtransfer.ucx.sender import UcxSender
 

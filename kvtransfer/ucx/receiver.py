@@ -12,9 +12,9 @@ from kvtransfer.interface import Offer
 from kvtransfer.port import Place
 from kvtransfer.tickets import Ticket, TicketBook
 from kvtransfer.ucx.channel import Channel
+from kvtransfer.ucx.context import Context
 from kvtransfer.ucx.inlet import PATIENCE, Inlet, Patience
 from kvtransfer.ucx.lane import Lane
-from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.wire import TRANSPORT, Frame
 
 LINKS_MAX = 1024

@@ -14,7 +14,7 @@ from kvtransfer.interface import Offer
 from kvtransfer.port import Place
 from kvtransfer.runs import Run, run_blocks_max, runs_of
 from kvtransfer.tcp.proof import ticket_key
-from kvtransfer.ucx.library import Context
+from kvtransfer.ucx.context import Context
 from kvtransfer.ucx.link import INTERRUPTED, LOST, Link
 from kvtransfer.ucx.wire import RUNS_MAX, TRANSPORT, Frame, Kind, TargetRun, pack_runs
 

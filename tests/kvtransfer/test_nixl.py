@@ -40,7 +40,7 @@ from kvtransfer.control import Address
 from kvtransfer.interface import Connection, Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.nixl.driver import Driver
-from kvtransfer.nixl.library import installed, library
+from kvtransfer.nixl.package import installed, library
 from kvtransfer.nixl.receiver import NixlReceiver
 from kvtransfer.nixl.sender import NixlSender
 from kvtransfer.nixl.wire import Kind
@@ -161,7 +161,7 @@ def test_nothing_is_loaded_before_it_is_used_and_torch_never() -> None:
 import asyncio, sys
 from prometheus_client import CollectorRegistry
 from baton.layout import KVLayout
-from kvtransfer.nixl.library import installed
+from kvtransfer.nixl.package import installed
 from kvtransfer.region import HostRegion
 from kvtransfer.registry import make_ports
 async def main():

@@ -9,7 +9,7 @@ from transfer_rig import REQUEST, SOURCE_LAYOUT, TARGET_LAYOUT, ids
 
 from baton.errors import TransferError
 from engine.device_region import DeviceRegion
-from kvtransfer.nixl.library import installed
+from kvtransfer.nixl.package import installed
 from kvtransfer.nixl.segment import DeviceMemory, segment_of
 from kvtransfer.registry import make_ports
 

@@ -15,7 +15,7 @@ from baton.ids import RequestId
 from kvtransfer import registry
 from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
-from kvtransfer.nixl import library
+from kvtransfer.nixl import package
 from kvtransfer.port import Place, Port, Transport
 from kvtransfer.region import HostRegion
 from kvtransfer.registry import BUILT_IN, OFFERS_MAX, Ports, find_transport, make_ports
@@ -258,7 +258,7 @@ def test_if_all_are_missing_the_start_stops(monkeypatch: pytest.MonkeyPatch) -> 
     region.close()
 
 
-@pytest.mark.parametrize(("name", "where"), [("nixl", library), ("ucx", registry)])
+@pytest.mark.parametrize(("name", "where"), [("nixl", package), ("ucx", registry)])
 def test_what_to_install_is_told(name: str, where: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, "find_spec", lambda package: None)  # noqa: ARG005
     assert f"pip install 'kvbaton[{name}]'" in (BUILT_IN[name].missing() or "")

@@ -26,7 +26,7 @@ from transfer_rig import (
 from baton.errors import TransferError
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
-from kvtransfer.nixl.library import installed
+from kvtransfer.nixl.package import installed
 from kvtransfer.region import HostRegion
 
 BIG_SOURCE = KVLayout(layers=1, blocks=64, block_tokens=64, kv_heads=8, head_dim=128, dtype="float32")

@@ -24,12 +24,12 @@ from kvtransfer.interface import Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.port import Place
 from kvtransfer.region import HostRegion
-from kvtransfer.ucx import library
+from kvtransfer.ucx import context as ucx_context
 from kvtransfer.ucx import receiver as receiver_module
 from kvtransfer.ucx.channel import Channel
+from kvtransfer.ucx.context import Context
 from kvtransfer.ucx.devices import ALL, net_devices
 from kvtransfer.ucx.inlet import PATIENCE, Patience
-from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.receiver import UcxReceiver
 from kvtransfer.ucx.sender import UcxSender
 from kvtransfer.ucx.wire import Frame, Kind
@@ -336,7 +336,7 @@ def test_idle_links_cost_no_processor_time() -> None:
 
 def test_loading_leaves_the_environment_as_it_was() -> None:
     before = dict(os.environ)
-    library.Ucx()
+    ucx_context.Ucx()
     assert dict(os.environ) == before
 
 

@@ -19,8 +19,8 @@ from kvtransfer.interface import Offer
 from kvtransfer.metrics import TransferMetrics
 from kvtransfer.port import Place
 from kvtransfer.region import HostRegion
+from kvtransfer.ucx.context import Context
 from kvtransfer.ucx.devices import net_devices
-from kvtransfer.ucx.library import Context
 from kvtransfer.ucx.sender import UcxSender
 
 pytestmark = pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed")
