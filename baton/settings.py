@@ -89,6 +89,18 @@ class WorkerSettings(ServiceSettings):
     sequences_max: int = Field(256, ge=1, description="Sequences in one batch at most")
     waiting_max: int = Field(1024, ge=1, description="Requests that may wait; past it they are refused")
     prefix_cache: bool = Field(True, description="Reuse the KV of prompts that start alike")
+    ddr_bytes: int = Field(0, ge=0, description="Host memory for KV blocks that leave the pool; 0: none")
+    ssd_dir: Path | None = Field(
+        None, description="Directory on a local disk; each worker keeps KV in one file there and finds it again"
+    )
+    ssd_bytes: int = Field(0, ge=0, description="Size of that file; 0: none. Blocks get there through ddr_bytes")
+    kv_compression: Literal["none", "int8"] = Field(
+        "none", description="How KV is kept below HBM; int8 is half to a quarter of the size, and not exact"
+    )
+    tier_bytes_in_flight_max: int = Field(
+        64 * 2**20, ge=1, description="KV bytes that may be on their way between tiers at one time"
+    )
+    fetch: bool = Field(True, description="Fetch prefixes from other workers where the router finds that quicker")
     transports: tuple[TransportName, ...] = Field(
         ("shm", "nixl", "ucx", "tcp"), min_length=1, description="Allowed KV transports, best first"
     )
@@ -126,6 +138,14 @@ class WorkerSettings(ServiceSettings):
         files = (self.transport_tls_certificate, self.transport_tls_key, self.transport_tls_authority)
         if any(files) and not all(files):
             raise ValueError("transport_tls_certificate, _key and _authority belong together: give all or none")
+        return self
+
+    @model_validator(mode="after")
+    def tiers_are_complete(self) -> Self:
+        if bool(self.ssd_bytes) != (self.ssd_dir is not None):
+            raise ValueError("ssd_bytes and ssd_dir belong together: give both or neither")
+        if self.ssd_bytes and not self.ddr_bytes:
+            raise ValueError("ssd_bytes needs ddr_bytes: blocks go down to the SSD through host memory")
         return self
 
     @property

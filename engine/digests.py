@@ -1,4 +1,4 @@
-"""Digests of KV blocks by torch, on the device where they lie; kvtransfer/digest.py says what they are.
+"""Digests of KV blocks by torch, on the device where they lie; baton/digest.py says what they are.
 
 A step's blocks are digested after it, all layers at once: on a device that is a few kernels behind those of the step,
 where layer by layer it would be a few for each, and on the CPU the bytes have left the cache by then either way.
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from baton.digest import WORD_BYTES, slice_weights, slice_words, unsigned, word_weights
 from baton.ids import BlockId
-from kvtransfer.digest import WORD_BYTES, slice_weights, slice_words, unsigned, word_weights
 from kvtransfer.interface import Region
 
 HOST_BATCH_BYTES = 512 * 1024

@@ -4,19 +4,20 @@ An engine is not thread-safe: one thread (engine/thread.py) owns it, and with it
 scheduler and the block pool.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from baton.cluster.cache_events import CacheChanges
 from baton.errors import BatonError
 from baton.ids import BlockHash, BlockId, RequestId
-from baton.latency import StepWork
+from baton.latency import StepWork, Tier
 from baton.layout import KVLayout
 from baton.sampling import PositionLogprobs as PositionLogprobs
 from baton.sampling import SamplingParams
 from baton.sampling import TokenLogprob as TokenLogprob
+from kvcache.tiers.interface import RestoreTiming
 from kvtransfer.interface import Region
 
 
@@ -37,6 +38,16 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """How long a request's KV is promised to be kept below HBM, and for whom."""
+
+    tenant: str = ""
+    ttl_s: float = 0.0
+    pin: bool = False
+    quota_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     request_id: RequestId
     prompt: tuple[int, ...]
@@ -47,6 +58,7 @@ class EngineRequest:
     """What another engine generated after the prompt before it was lost. This one goes on as if it had generated
     that itself, and tells only what comes after: positions, penalties, min_tokens and max_tokens count it, and it
     belongs to what Prefill speaks of as the prompt."""
+    retention: Retention = Retention()
 
     @property
     def known_tokens(self) -> int:
@@ -59,14 +71,17 @@ class Admitted:
     """The request left the queue and holds blocks for all its known tokens.
 
     `blocks` stay the request's own until it finishes, is aborted, or (Prefill.ONLY) released.
-    The first `cached_tokens` tokens, always whole blocks, were found in the prefix cache.
+    The first `cached_tokens` tokens, always whole blocks, were found in the prefix cache. The last `restoring_tokens`
+    of these are still on their way up from a lower tier. Prefill.ONLY: the layer listener is told of them, and
+    StepResult.digested, as of blocks that are computed, before those that are.
     """
 
     request_id: RequestId
     blocks: tuple[BlockId, ...]
     cached_tokens: int
     digests: tuple[int, ...] = ()
-    """Prefill.ONLY: of the cached blocks, where the engine makes digests."""
+    """Prefill.ONLY: of the cached blocks in HBM, where the engine makes digests."""
+    restoring_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +97,10 @@ class Generated:
     """With the first token, when asked for; the first position's is empty."""
     cached_tokens: int = 0
     preemptions: int = 0
+    restored_tokens: int = 0
+    """Of the cached ones: came up from a lower tier."""
+    restore_s: float = 0.0
+    """From admission until they were all there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class BlocksDigested:
-    """The digests (kvtransfer/digest.py) of a Prefill.ONLY request's blocks `[first, first + len(digests))`, computed
+    """The digests (baton/digest.py) of a Prefill.ONLY request's blocks `[first, first + len(digests))`, computed
     where the blocks were made. Each block that was computed here is told once, in order, before the request's
     Generated or with it."""
 
@@ -110,6 +129,18 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Reserved:
+    """Blocks of the pool that are to be filled with a prefix by somebody else than a request of this engine."""
+
+    held: tuple[BlockId, ...]
+    """The part of the prefix that lies in HBM, kept until `adopt`."""
+    names: tuple[BlockHash, ...]
+    """What comes after it and is to be filled in; perhaps nothing."""
+    blocks: tuple[BlockId, ...]
+    """Where: as many."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepTiming:
     """What was computed, and how long it took."""
 
@@ -123,6 +154,8 @@ class StepResult:
     generated: tuple[Generated, ...] = ()
     failed: tuple[Failed, ...] = ()
     digested: tuple[BlocksDigested, ...] = ()
+    restored: tuple[RestoreTiming, ...] = ()
+    """Restores that have ended."""
     timing: StepTiming | None = None
     """Of a step that computed and was waited for; on a device that is not every one (engine/stopwatch.py)."""
     cache_changes: CacheChanges = CacheChanges()  # noqa: RUF009 - frozen, and nobody changes its mappings
@@ -130,7 +163,13 @@ class StepResult:
     def __bool__(self) -> bool:
         """Whether it says anything."""
         return bool(
-            self.admitted or self.generated or self.failed or self.digested or self.timing or self.cache_changes
+            self.admitted
+            or self.generated
+            or self.failed
+            or self.digested
+            or self.restored
+            or self.timing
+            or self.cache_changes
         )
 
 
@@ -185,6 +224,10 @@ class EngineStats:
     """Prompt tokens looked up in, and found in, the prefix cache since the start."""
     preemptions: int = 0
     steps: int = 0
+    tier_hits_tokens: Mapping[Tier, int] = field(default_factory=dict)
+    """Of the hits, by the tier that they were found in."""
+    recomputed_tokens: int = 0
+    """By preempted sequences, of what they had computed before."""
 
     @property
     def kv_blocks_free(self) -> int:
@@ -216,6 +259,20 @@ class Engine(Protocol):
         lets each Held go once."""
 
     def let_go(self, held: Held) -> None: ...
+
+    def promote(self, names: Sequence[BlockHash], on_done: Callable[[], None]) -> bool:
+        """Begins to bring up, into free or cached blocks, what lies in lower tiers of the run that `hold` would find
+        if all were in HBM; it becomes prefix cache. False: there is nothing to bring up, or no room for it. Else
+        `on_done` is called on the engine's thread when it is over, whatever came of it."""
+
+    def reserve(self, prompt: Sequence[int], cache_salt: str, blocks_max: int) -> Reserved:
+        """Blocks for what this engine has in no tier of the prompt's first `blocks_max` blocks (and not its last
+        token), to be fetched from a peer: at most RESERVED_DIVISOR's part of the pool, and only where that many are
+        available. The caller adopts it once, in any case."""
+
+    def adopt(self, reserved: Reserved, digests: Sequence[int], owner: Retention) -> None:
+        """The first `len(digests)` of the reserved blocks hold what their names say and become prefix cache; the
+        others are free again. Zero digests: not known."""
 
     def commit(
         self,

@@ -38,7 +38,7 @@ class Source(Protocol):
         a host copy, taken after the writes that were issued before the call."""
 
     def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
-        """The 64-bit digest (kvtransfer/digest.py) of each block, all layers, as it lies now. May take a while and be
+        """The 64-bit digest (baton/digest.py) of each block, all layers, as it lies now. May take a while and be
         called in any thread; for device memory it is computed there."""
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from baton.digest import BATCH_BYTES, digests_of
 from baton.ids import BlockId
 from baton.layout import DTYPE_BYTES, KVLayout
-from kvtransfer.digest import BATCH_BYTES, digests_of
 from kvtransfer.interface import Source
 from kvtransfer.runs import RUN_BYTES_MAX, Rows, Run, rows_of, run_blocks_max, runs_of
 

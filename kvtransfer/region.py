@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Self
 
+from baton.digest import block_digests
 from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import DTYPE_BYTES, KVLayout
 from baton.process import ProcessIdentity
-from kvtransfer.digest import block_digests
 from kvtransfer.memory import AttachedMemory, Share, SharedMemory
 
 _DESCRIPTOR_BYTES_MAX = 1024

@@ -83,7 +83,7 @@ class PositionLogprobs(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("queue_s", "prefill_queue_s", "prefill_s", "transfer_s", "transfer_exposed_s", "first_token_s", "decode_s", "transfer_bytes", "transport", "prefill_worker", "decode_worker", "cached_tokens", "prefill_cached_tokens", "preemptions")
+    __slots__ = ("queue_s", "prefill_queue_s", "prefill_s", "transfer_s", "transfer_exposed_s", "first_token_s", "decode_s", "transfer_bytes", "transport", "prefill_worker", "decode_worker", "cached_tokens", "prefill_cached_tokens", "preemptions", "restored_tokens", "restore_s", "fetched_tokens", "fetch_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,10 @@ class Timeline(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_queue_s: float
     prefill_s: float
@@ -112,4 +116,36 @@ class Timeline(_message.Message):
     cached_tokens: int
     prefill_cached_tokens: int
     preemptions: int
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    restored_tokens: int
+    restore_s: float
+    fetched_tokens: int
+    fetch_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., prefill_cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restore_s: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_s: _Optional[float] = ...) -> None: ...
+
+class CacheRetention(_message.Message):
+    __slots__ = ("ttl_s", "pin", "tenant", "quota_bytes")
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ttl_s: float
+    pin: bool
+    tenant: str
+    quota_bytes: int
+    def __init__(self, ttl_s: _Optional[float] = ..., pin: _Optional[bool] = ..., tenant: _Optional[str] = ..., quota_bytes: _Optional[int] = ...) -> None: ...
+
+class FetchPlan(_message.Message):
+    __slots__ = ("worker_id", "address", "blocks", "block_tokens", "fetch_s", "compute_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    address: str
+    blocks: int
+    block_tokens: int
+    fetch_s: float
+    compute_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., fetch_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...

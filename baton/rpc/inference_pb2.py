@@ -26,39 +26,41 @@ _sym_db = _symbol_database.Default()
 from baton.rpc import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xf4\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12-\n\rrequest_class\x18\x08 \x01(\x0e\x32\x16.baton.v1.RequestClassB\x08\n\x06prompt\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x9f\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12$\n\x08timeline\x18\x07 \x01(\x0b\x32\x12.baton.v1.Timeline\x12\x33\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"M\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\"B\n\x12GetDecisionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10this_router_only\x18\x02 \x01(\x08\"_\n\x08\x44\x65\x63ision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\nplacements\x18\x02 \x03(\x0b\x32\x1b.baton.v1.PlacementDecision\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"\xb7\x02\n\x11PlacementDecision\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x12\n\ndecided_at\x18\x04 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ided_in_s\x18\x05 \x01(\x01\x12\x0e\n\x06router\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x1d\n\x15\x63\x61ndidates_considered\x18\x08 \x01(\r\x12\'\n\ncandidates\x18\t \x03(\x0b\x32\x13.baton.v1.Candidate\x12\x10\n\x08margin_s\x18\n \x01(\x01\x12$\n\x08\x65xcluded\x18\x0b \x03(\x0b\x32\x12.baton.v1.Excluded\x12 \n\x06\x61\x63tual\x18\x0c \x01(\x0b\x32\x10.baton.v1.Actual\"\xa4\x03\n\tCandidate\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x0c\n\x04pool\x18\x03 \x01(\t\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\trestore_s\x18\x05 \x01(\x01\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12\x12\n\ntransfer_s\x18\x07 \x01(\x01\x12\x13\n\x0b\x61\x64mission_s\x18\x08 \x01(\x01\x12\x17\n\x0fothers_decode_s\x18\t \x01(\x01\x12\x16\n\x0eothers_queue_s\x18\n \x01(\x01\x12\x18\n\x10others_evicted_s\x18\x0b \x01(\x01\x12\x0f\n\x07total_s\x18\x0c \x01(\x01\x12\x0e\n\x06ttft_s\x18\r \x01(\x01\x12\r\n\x05itl_s\x18\x0e \x01(\x01\x12\x19\n\x11\x63\x61\x63hed_tokens_hbm\x18\x0f \x01(\r\x12\x19\n\x11\x63\x61\x63hed_tokens_ddr\x18\x10 \x01(\r\x12\x19\n\x11\x63\x61\x63hed_tokens_ssd\x18\x11 \x01(\r\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\x12 \x01(\r\x12\x10\n\x08\x64\x65\x63ode_s\x18\x13 \x01(\x01\"*\n\x08\x45xcluded\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xdb\x01\n\x06\x41\x63tual\x12\x0f\n\x07outcome\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x05 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x06 \x01(\x01\x12\r\n\x05itl_s\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\t \x01(\r\x12\x16\n\x0eprefill_worker\x18\n \x01(\t*\x81\x01\n\x0cRequestClass\x12\x1d\n\x19REQUEST_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19REQUEST_CLASS_INTERACTIVE\x10\x01\x12\x1a\n\x16REQUEST_CLASS_STANDARD\x10\x02\x12\x17\n\x13REQUEST_CLASS_BATCH\x10\x03\x32\xda\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12?\n\x0bGetDecision\x12\x1c.baton.v1.GetDecisionRequest\x1a\x12.baton.v1.Decisionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x9b\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12-\n\rrequest_class\x18\x08 \x01(\x0e\x32\x16.baton.v1.RequestClass\x12%\n\x05\x63\x61\x63he\x18\t \x01(\x0b\x32\x16.baton.v1.CacheOptionsB\x08\n\x06prompt\"*\n\x0c\x43\x61\x63heOptions\x12\r\n\x05ttl_s\x18\x01 \x01(\x01\x12\x0b\n\x03pin\x18\x02 \x01(\x08\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x9f\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12$\n\x08timeline\x18\x07 \x01(\x0b\x32\x12.baton.v1.Timeline\x12\x33\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"M\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\"B\n\x12GetDecisionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10this_router_only\x18\x02 \x01(\x08\"_\n\x08\x44\x65\x63ision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\nplacements\x18\x02 \x03(\x0b\x32\x1b.baton.v1.PlacementDecision\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"\xb7\x02\n\x11PlacementDecision\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x12\n\ndecided_at\x18\x04 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ided_in_s\x18\x05 \x01(\x01\x12\x0e\n\x06router\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x1d\n\x15\x63\x61ndidates_considered\x18\x08 \x01(\r\x12\'\n\ncandidates\x18\t \x03(\x0b\x32\x13.baton.v1.Candidate\x12\x10\n\x08margin_s\x18\n \x01(\x01\x12$\n\x08\x65xcluded\x18\x0b \x03(\x0b\x32\x12.baton.v1.Excluded\x12 \n\x06\x61\x63tual\x18\x0c \x01(\x0b\x32\x10.baton.v1.Actual\"\xd4\x03\n\tCandidate\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x0c\n\x04pool\x18\x03 \x01(\t\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\trestore_s\x18\x05 \x01(\x01\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12\x12\n\ntransfer_s\x18\x07 \x01(\x01\x12\x13\n\x0b\x61\x64mission_s\x18\x08 \x01(\x01\x12\x17\n\x0fothers_decode_s\x18\t \x01(\x01\x12\x16\n\x0eothers_queue_s\x18\n \x01(\x01\x12\x18\n\x10others_evicted_s\x18\x0b \x01(\x01\x12\x0f\n\x07total_s\x18\x0c \x01(\x01\x12\x0e\n\x06ttft_s\x18\r \x01(\x01\x12\r\n\x05itl_s\x18\x0e \x01(\x01\x12\x19\n\x11\x63\x61\x63hed_tokens_hbm\x18\x0f \x01(\r\x12\x19\n\x11\x63\x61\x63hed_tokens_ddr\x18\x10 \x01(\r\x12\x19\n\x11\x63\x61\x63hed_tokens_ssd\x18\x11 \x01(\r\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\x12 \x01(\r\x12\x10\n\x08\x64\x65\x63ode_s\x18\x13 \x01(\x01\x12\x1a\n\x12\x63\x61\x63hed_tokens_peer\x18\x14 \x01(\r\x12\x12\n\nfetch_from\x18\x15 \x01(\t\"*\n\x08\x45xcluded\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xdb\x01\n\x06\x41\x63tual\x12\x0f\n\x07outcome\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x05 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x06 \x01(\x01\x12\r\n\x05itl_s\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\t \x01(\r\x12\x16\n\x0eprefill_worker\x18\n \x01(\t*\x81\x01\n\x0cRequestClass\x12\x1d\n\x19REQUEST_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19REQUEST_CLASS_INTERACTIVE\x10\x01\x12\x1a\n\x16REQUEST_CLASS_STANDARD\x10\x02\x12\x17\n\x13REQUEST_CLASS_BATCH\x10\x03\x32\xda\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12?\n\x0bGetDecision\x12\x1c.baton.v1.GetDecisionRequest\x1a\x12.baton.v1.Decisionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REQUESTCLASS']._serialized_start=2004
-  _globals['_REQUESTCLASS']._serialized_end=2133
+  _globals['_REQUESTCLASS']._serialized_start=2135
+  _globals['_REQUESTCLASS']._serialized_end=2264
   _globals['_GENERATEREQUEST']._serialized_start=62
-  _globals['_GENERATEREQUEST']._serialized_end=306
-  _globals['_USAGE']._serialized_start=308
-  _globals['_USAGE']._serialized_end=388
-  _globals['_GENERATERESPONSE']._serialized_start=391
-  _globals['_GENERATERESPONSE']._serialized_end=678
-  _globals['_LISTMODELSREQUEST']._serialized_start=680
-  _globals['_LISTMODELSREQUEST']._serialized_end=699
-  _globals['_LISTMODELSRESPONSE']._serialized_start=701
-  _globals['_LISTMODELSRESPONSE']._serialized_end=754
-  _globals['_MODEL']._serialized_start=756
-  _globals['_MODEL']._serialized_end=833
-  _globals['_GETDECISIONREQUEST']._serialized_start=835
-  _globals['_GETDECISIONREQUEST']._serialized_end=901
-  _globals['_DECISION']._serialized_start=903
-  _globals['_DECISION']._serialized_end=998
-  _globals['_PLACEMENTDECISION']._serialized_start=1001
-  _globals['_PLACEMENTDECISION']._serialized_end=1312
-  _globals['_CANDIDATE']._serialized_start=1315
-  _globals['_CANDIDATE']._serialized_end=1735
-  _globals['_EXCLUDED']._serialized_start=1737
-  _globals['_EXCLUDED']._serialized_end=1779
-  _globals['_ACTUAL']._serialized_start=1782
-  _globals['_ACTUAL']._serialized_end=2001
-  _globals['_INFERENCE']._serialized_start=2136
-  _globals['_INFERENCE']._serialized_end=2354
+  _globals['_GENERATEREQUEST']._serialized_end=345
+  _globals['_CACHEOPTIONS']._serialized_start=347
+  _globals['_CACHEOPTIONS']._serialized_end=389
+  _globals['_USAGE']._serialized_start=391
+  _globals['_USAGE']._serialized_end=471
+  _globals['_GENERATERESPONSE']._serialized_start=474
+  _globals['_GENERATERESPONSE']._serialized_end=761
+  _globals['_LISTMODELSREQUEST']._serialized_start=763
+  _globals['_LISTMODELSREQUEST']._serialized_end=782
+  _globals['_LISTMODELSRESPONSE']._serialized_start=784
+  _globals['_LISTMODELSRESPONSE']._serialized_end=837
+  _globals['_MODEL']._serialized_start=839
+  _globals['_MODEL']._serialized_end=916
+  _globals['_GETDECISIONREQUEST']._serialized_start=918
+  _globals['_GETDECISIONREQUEST']._serialized_end=984
+  _globals['_DECISION']._serialized_start=986
+  _globals['_DECISION']._serialized_end=1081
+  _globals['_PLACEMENTDECISION']._serialized_start=1084
+  _globals['_PLACEMENTDECISION']._serialized_end=1395
+  _globals['_CANDIDATE']._serialized_start=1398
+  _globals['_CANDIDATE']._serialized_end=1866
+  _globals['_EXCLUDED']._serialized_start=1868
+  _globals['_EXCLUDED']._serialized_end=1910
+  _globals['_ACTUAL']._serialized_start=1913
+  _globals['_ACTUAL']._serialized_end=2132
+  _globals['_INFERENCE']._serialized_start=2267
+  _globals['_INFERENCE']._serialized_end=2485
 # @@protoc_insertion_point(module_scope)

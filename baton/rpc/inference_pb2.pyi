@@ -21,7 +21,7 @@ REQUEST_CLASS_STANDARD: RequestClass
 REQUEST_CLASS_BATCH: RequestClass
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "stop", "cache_salt", "request_class")
+    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "stop", "cache_salt", "request_class", "cache")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -38,7 +39,16 @@ class GenerateRequest(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     cache_salt: str
     request_class: RequestClass
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., cache_salt: _Optional[str] = ..., request_class: _Optional[_Union[RequestClass, str]] = ...) -> None: ...
+    cache: CacheOptions
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., cache_salt: _Optional[str] = ..., request_class: _Optional[_Union[RequestClass, str]] = ..., cache: _Optional[_Union[CacheOptions, _Mapping]] = ...) -> None: ...
+
+class CacheOptions(_message.Message):
+    __slots__ = ("ttl_s", "pin")
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    ttl_s: float
+    pin: bool
+    def __init__(self, ttl_s: _Optional[float] = ..., pin: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -139,7 +149,7 @@ class PlacementDecision(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., attempt: _Optional[int] = ..., policy: _Optional[str] = ..., decided_at: _Optional[float] = ..., decided_in_s: _Optional[float] = ..., router: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., candidates_considered: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., margin_s: _Optional[float] = ..., excluded: _Optional[_Iterable[_Union[Excluded, _Mapping]]] = ..., actual: _Optional[_Union[Actual, _Mapping]] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("decode_worker", "prefill_worker", "pool", "queue_s", "restore_s", "prefill_s", "transfer_s", "admission_s", "others_decode_s", "others_queue_s", "others_evicted_s", "total_s", "ttft_s", "itl_s", "cached_tokens_hbm", "cached_tokens_ddr", "cached_tokens_ssd", "decode_cached_tokens", "decode_s")
+    __slots__ = ("decode_worker", "prefill_worker", "pool", "queue_s", "restore_s", "prefill_s", "transfer_s", "admission_s", "others_decode_s", "others_queue_s", "others_evicted_s", "total_s", "ttft_s", "itl_s", "cached_tokens_hbm", "cached_tokens_ddr", "cached_tokens_ssd", "decode_cached_tokens", "decode_s", "cached_tokens_peer", "fetch_from")
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +169,8 @@ class Candidate(_message.Message):
     CACHED_TOKENS_SSD_FIELD_NUMBER: _ClassVar[int]
     DECODE_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_PEER_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FROM_FIELD_NUMBER: _ClassVar[int]
     decode_worker: str
     prefill_worker: str
     pool: str
@@ -178,7 +190,9 @@ class Candidate(_message.Message):
     cached_tokens_ssd: int
     decode_cached_tokens: int
     decode_s: float
-    def __init__(self, decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., pool: _Optional[str] = ..., queue_s: _Optional[float] = ..., restore_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., others_decode_s: _Optional[float] = ..., others_queue_s: _Optional[float] = ..., others_evicted_s: _Optional[float] = ..., total_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cached_tokens_hbm: _Optional[int] = ..., cached_tokens_ddr: _Optional[int] = ..., cached_tokens_ssd: _Optional[int] = ..., decode_cached_tokens: _Optional[int] = ..., decode_s: _Optional[float] = ...) -> None: ...
+    cached_tokens_peer: int
+    fetch_from: str
+    def __init__(self, decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., pool: _Optional[str] = ..., queue_s: _Optional[float] = ..., restore_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., others_decode_s: _Optional[float] = ..., others_queue_s: _Optional[float] = ..., others_evicted_s: _Optional[float] = ..., total_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cached_tokens_hbm: _Optional[int] = ..., cached_tokens_ddr: _Optional[int] = ..., cached_tokens_ssd: _Optional[int] = ..., decode_cached_tokens: _Optional[int] = ..., decode_s: _Optional[float] = ..., cached_tokens_peer: _Optional[int] = ..., fetch_from: _Optional[str] = ...) -> None: ...
 
 class Excluded(_message.Message):
     __slots__ = ("worker", "reason")

@@ -46,7 +46,7 @@ class ServeRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt", "sampling", "cache_salt", "prefill_candidates", "generated", "deadline_s")
+    __slots__ = ("request_id", "prompt", "sampling", "cache_salt", "prefill_candidates", "generated", "deadline_s", "retention", "fetch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,8 @@ class Submit(_message.Message):
     PREFILL_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.SamplingParams
@@ -61,15 +63,19 @@ class Submit(_message.Message):
     prefill_candidates: _containers.RepeatedCompositeFieldContainer[PrefillCandidate]
     generated: _containers.RepeatedScalarFieldContainer[int]
     deadline_s: float
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., generated: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    retention: _common_pb2.CacheRetention
+    fetch: _common_pb2.FetchPlan
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., generated: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., retention: _Optional[_Union[_common_pb2.CacheRetention, _Mapping]] = ..., fetch: _Optional[_Union[_common_pb2.FetchPlan, _Mapping]] = ...) -> None: ...
 
 class PrefillCandidate(_message.Message):
-    __slots__ = ("worker_id", "address")
+    __slots__ = ("worker_id", "address", "fetch")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+    fetch: _common_pb2.FetchPlan
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., fetch: _Optional[_Union[_common_pb2.FetchPlan, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -122,7 +128,7 @@ class PrefillCancel(_message.Message):
     def __init__(self) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("request_id", "prompt", "sampling", "cache_salt", "layout", "fingerprint", "first_block", "blocks", "offers", "deadline_s", "generated", "link")
+    __slots__ = ("request_id", "prompt", "sampling", "cache_salt", "layout", "fingerprint", "first_block", "blocks", "offers", "deadline_s", "generated", "link", "retention", "fetch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +141,8 @@ class Ticket(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.SamplingParams
@@ -147,7 +155,9 @@ class Ticket(_message.Message):
     deadline_s: float
     generated: _containers.RepeatedScalarFieldContainer[int]
     link: _transfer_pb2.LinkProof
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., layout: _Optional[_Union[_transfer_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., first_block: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., offers: _Optional[_Iterable[_Union[_transfer_pb2.TransportOffer, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., generated: _Optional[_Iterable[int]] = ..., link: _Optional[_Union[_transfer_pb2.LinkProof, _Mapping]] = ...) -> None: ...
+    retention: _common_pb2.CacheRetention
+    fetch: _common_pb2.FetchPlan
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., layout: _Optional[_Union[_transfer_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[str] = ..., first_block: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., offers: _Optional[_Iterable[_Union[_transfer_pb2.TransportOffer, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., generated: _Optional[_Iterable[int]] = ..., link: _Optional[_Union[_transfer_pb2.LinkProof, _Mapping]] = ..., retention: _Optional[_Union[_common_pb2.CacheRetention, _Mapping]] = ..., fetch: _Optional[_Union[_common_pb2.FetchPlan, _Mapping]] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("started", "commit", "released", "landed")
@@ -162,17 +172,21 @@ class PrefillResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., commit: _Optional[_Union[PrefillCommit, _Mapping]] = ..., released: _Optional[_Union[PrefillReleased, _Mapping]] = ..., landed: _Optional[_Union[_transfer_pb2.BlocksLanded, _Mapping]] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
-    __slots__ = ("transport", "queue_s", "cached_tokens")
+    __slots__ = ("transport", "queue_s", "cached_tokens", "fetched_tokens", "fetch_s")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
     transport: str
     queue_s: float
     cached_tokens: int
-    def __init__(self, transport: _Optional[str] = ..., queue_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    fetched_tokens: int
+    fetch_s: float
+    def __init__(self, transport: _Optional[str] = ..., queue_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., fetched_tokens: _Optional[int] = ..., fetch_s: _Optional[float] = ...) -> None: ...
 
 class PrefillCommit(_message.Message):
-    __slots__ = ("first_token", "logprobs", "blocks", "transfer_bytes", "prefill_s", "transfer_s", "transfer_exposed_s")
+    __slots__ = ("first_token", "logprobs", "blocks", "transfer_bytes", "prefill_s", "transfer_s", "transfer_exposed_s", "restored_tokens", "restore_s")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +194,8 @@ class PrefillCommit(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_S_FIELD_NUMBER: _ClassVar[int]
     first_token: int
     logprobs: _common_pb2.PositionLogprobs
     blocks: int
@@ -187,7 +203,9 @@ class PrefillCommit(_message.Message):
     prefill_s: float
     transfer_s: float
     transfer_exposed_s: float
-    def __init__(self, first_token: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.PositionLogprobs, _Mapping]] = ..., blocks: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ...) -> None: ...
+    restored_tokens: int
+    restore_s: float
+    def __init__(self, first_token: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.PositionLogprobs, _Mapping]] = ..., blocks: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., restored_tokens: _Optional[int] = ..., restore_s: _Optional[float] = ...) -> None: ...
 
 class PrefillReleased(_message.Message):
     __slots__ = ()
@@ -234,3 +252,77 @@ class CacheSnapshot(_message.Message):
     sequence: int
     blocks: _containers.RepeatedCompositeFieldContainer[_events_pb2.BlockSet]
     def __init__(self, epoch: _Optional[str] = ..., sequence: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[_events_pb2.BlockSet, _Mapping]]] = ...) -> None: ...
+
+class GetCacheStatusRequest(_message.Message):
+    __slots__ = ("top_prefixes",)
+    TOP_PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    top_prefixes: int
+    def __init__(self, top_prefixes: _Optional[int] = ...) -> None: ...
+
+class CacheStatus(_message.Message):
+    __slots__ = ("worker_id", "tiers", "queried_tokens", "fetched_tokens", "dropped_blocks", "corrupt_blocks", "top_prefixes")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    QUERIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOP_PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
+    queried_tokens: int
+    fetched_tokens: int
+    dropped_blocks: int
+    corrupt_blocks: int
+    top_prefixes: _containers.RepeatedCompositeFieldContainer[PrefixStatus]
+    def __init__(self, worker_id: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., queried_tokens: _Optional[int] = ..., fetched_tokens: _Optional[int] = ..., dropped_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., top_prefixes: _Optional[_Iterable[_Union[PrefixStatus, _Mapping]]] = ...) -> None: ...
+
+class TierStatus(_message.Message):
+    __slots__ = ("tier", "blocks", "blocks_max", "bytes", "bytes_max", "hit_tokens", "retained_bytes", "off_reason", "restore_latency_s", "restore_bytes_per_s")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_MAX_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFF_REASON_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    tier: _events_pb2.Tier
+    blocks: int
+    blocks_max: int
+    bytes: int
+    bytes_max: int
+    hit_tokens: int
+    retained_bytes: int
+    off_reason: str
+    restore_latency_s: float
+    restore_bytes_per_s: float
+    def __init__(self, tier: _Optional[_Union[_events_pb2.Tier, str]] = ..., blocks: _Optional[int] = ..., blocks_max: _Optional[int] = ..., bytes: _Optional[int] = ..., bytes_max: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., off_reason: _Optional[str] = ..., restore_latency_s: _Optional[float] = ..., restore_bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class PrefixStatus(_message.Message):
+    __slots__ = ("block_hash", "tokens", "uses", "tier")
+    BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    block_hash: bytes
+    tokens: int
+    uses: int
+    tier: _events_pb2.Tier
+    def __init__(self, block_hash: _Optional[bytes] = ..., tokens: _Optional[int] = ..., uses: _Optional[int] = ..., tier: _Optional[_Union[_events_pb2.Tier, str]] = ...) -> None: ...
+
+class ClearCacheRequest(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+
+class ClearCacheResponse(_message.Message):
+    __slots__ = ("blocks", "bytes")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    bytes: int
+    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...

@@ -197,6 +197,16 @@ class WorkerStub:
                 request_serializer=baton_dot_v1_dot_worker__pb2.GetCacheSnapshotRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_worker__pb2.CacheSnapshot.FromString,
                 _registered_method=True)
+        self.GetCacheStatus = channel.unary_unary(
+                '/baton.v1.Worker/GetCacheStatus',
+                request_serializer=baton_dot_v1_dot_worker__pb2.GetCacheStatusRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_worker__pb2.CacheStatus.FromString,
+                _registered_method=True)
+        self.ClearCache = channel.unary_unary(
+                '/baton.v1.Worker/ClearCache',
+                request_serializer=baton_dot_v1_dot_worker__pb2.ClearCacheRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_worker__pb2.ClearCacheResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -216,6 +226,19 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCacheStatus(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearCache(self, request, context):
+        """Forgets cached blocks, in every tier; those that requests use now go when these end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -228,6 +251,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetCacheSnapshot,
                     request_deserializer=baton_dot_v1_dot_worker__pb2.GetCacheSnapshotRequest.FromString,
                     response_serializer=baton_dot_v1_dot_worker__pb2.CacheSnapshot.SerializeToString,
+            ),
+            'GetCacheStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCacheStatus,
+                    request_deserializer=baton_dot_v1_dot_worker__pb2.GetCacheStatusRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_worker__pb2.CacheStatus.SerializeToString,
+            ),
+            'ClearCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearCache,
+                    request_deserializer=baton_dot_v1_dot_worker__pb2.ClearCacheRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_worker__pb2.ClearCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -285,6 +318,60 @@ class Worker:
             '/baton.v1.Worker/GetCacheSnapshot',
             baton_dot_v1_dot_worker__pb2.GetCacheSnapshotRequest.SerializeToString,
             baton_dot_v1_dot_worker__pb2.CacheSnapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCacheStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/GetCacheStatus',
+            baton_dot_v1_dot_worker__pb2.GetCacheStatusRequest.SerializeToString,
+            baton_dot_v1_dot_worker__pb2.CacheStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/ClearCache',
+            baton_dot_v1_dot_worker__pb2.ClearCacheRequest.SerializeToString,
+            baton_dot_v1_dot_worker__pb2.ClearCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

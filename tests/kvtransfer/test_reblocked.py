@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transfer_rig import REQUEST, SOURCE_LAYOUT, TARGET_LAYOUT, StagedRegion, fill_random, ids, pair, slices
 
+from baton.digest import block_digests
 from baton.errors import TransferError
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvtransfer.digest import block_digests
 from kvtransfer.reblocked import Reblocked
 from kvtransfer.region import HostRegion
 from kvtransfer.registry import find_transport

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from baton.digest import BATCH_BYTES, block_digests, slice_digests, slice_weights, word_weights
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvtransfer.digest import BATCH_BYTES, block_digests, slice_digests, slice_weights, word_weights
 from kvtransfer.region import HostRegion
 
 LAYOUT = KVLayout(layers=3, blocks=4, block_tokens=4, kv_heads=2, head_dim=4, dtype="float16")

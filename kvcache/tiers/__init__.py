@@ -1,0 +1,1 @@
+"""Keeps KV blocks that left the pool in host memory and on disk, and brings them back."""
