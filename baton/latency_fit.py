@@ -14,7 +14,15 @@ from dataclasses import replace
 from math import exp, log
 from statistics import median
 
-from baton.latency import DEFAULT_LATENCY, DecodeCost, PrefillCost, StepWork, TransferCost, WorkerLatency
+from baton.latency import (
+    DEFAULT_LATENCY,
+    DecodeCost,
+    PrefillCost,
+    StepWork,
+    Tier,
+    TransferCost,
+    WorkerLatency,
+)
 
 FORGETTING = 0.97
 """An observation's weight shrinks by this with each one after it: some thirty count."""
@@ -33,8 +41,8 @@ PASSES = 5
 """Over the steps of a self-test: from a start that is wrong by a factor of 1000 to less than 10 %."""
 MIXED_DECODE_SHARE_MAX = 0.5
 """A step of both kinds tells of its chunks only where its sequences are predicted to take no more of it than this."""
-LINK_TESTS_MAX = 32
-"""Transfers of links' self-tests that are remembered until there is a real one."""
+TESTS_MAX = 32
+"""Transfers of self-tests that are remembered until there is a real one."""
 SECONDS_MIN = 1e-9
 """The least that is ever predicted."""
 SECONDS_PER_BYTE_MIN = 1e-14
@@ -117,6 +125,44 @@ class LinearFit:
         self.coefficients[:] = (factor * coefficient for coefficient in self.coefficients)
 
 
+class TransferFit:
+    """`seconds = latency + bytes / bandwidth`. Until there was a real transfer the tests alone are what is known, and
+    not what was assumed before them."""
+
+    def __init__(self, start: TransferCost | None = None) -> None:
+        """What holds until something was measured; None: nothing does."""
+        self._fit = _line_fit((start.latency_s, 1 / start.bytes_per_s)) if start else None
+        self._tests: list[tuple[int, float]] | None = []
+
+    @property
+    def cost(self) -> TransferCost | None:
+        if self._fit is None:
+            return None
+        latency_s, byte_s = self._fit.coefficients
+        return TransferCost(latency_s, 1 / max(byte_s, SECONDS_PER_BYTE_MIN))
+
+    def observe(self, size_bytes: int, seconds: float) -> None:
+        self._tests = None
+        self._take(size_bytes, seconds)
+
+    def observe_test(self, size_bytes: int, seconds: float) -> None:
+        if self._tests is None or min(size_bytes, seconds) <= 0:
+            self._take(size_bytes, seconds)
+            return
+        self._tests.append((size_bytes, seconds))
+        del self._tests[:-TESTS_MAX]
+        self._fit = _line_fit(_line_through(self._tests))
+        for size, measured_s in self._tests:
+            self._fit.observe((1, size), measured_s)
+
+    def _take(self, size_bytes: int, seconds: float) -> None:
+        """A clock may be too coarse to see anything; that says nothing."""
+        if min(size_bytes, seconds) <= 0:
+            return
+        self._fit = self._fit or _line_fit(_line_through([(size_bytes, seconds)]))
+        self._fit.observe((1, size_bytes), seconds)
+
+
 class LatencyFit:
     """One worker's latency model, as its measurements so far have it. Not thread-safe."""
 
@@ -124,8 +170,8 @@ class LatencyFit:
         self._start = start
         self._prefill = LinearFit((start.prefill.chunk_s, start.prefill.token_s, start.prefill.token_context_s))
         self._decode = LinearFit((start.decode.step_s, start.decode.sequence_s, start.decode.kv_token_s))
-        self._transfer = LinearFit((start.transfer.latency_s, 1 / start.transfer.bytes_per_s), changes_as_one=False)
-        self._link_tests: list[tuple[int, float]] | None = []
+        self._transfer = TransferFit(start.transfer)
+        self._restore = {tier: TransferFit(cost) for tier, cost in start.restore.items()}
 
     @classmethod
     def of(cls, steps: Sequence[tuple[StepWork, float]]) -> "LatencyFit":
@@ -139,12 +185,12 @@ class LatencyFit:
 
     @property
     def latency(self) -> WorkerLatency:
-        latency_s, byte_s = self._transfer.coefficients
         return replace(
             self._start,
             prefill=PrefillCost(*self._prefill.coefficients),
             decode=DecodeCost(*self._decode.coefficients),
-            transfer=TransferCost(latency_s, 1 / max(byte_s, SECONDS_PER_BYTE_MIN)),
+            transfer=self._transfer.cost or self._start.transfer,
+            restore={tier: cost for tier, fit in self._restore.items() if (cost := fit.cost)},
         )
 
     def observe_step(self, work: StepWork, seconds: float) -> None:
@@ -166,20 +212,20 @@ class LatencyFit:
         self._observe(self._decode, (1, sequences, kv_tokens), seconds)
 
     def observe_transfer(self, size_bytes: int, seconds: float) -> None:
-        self._link_tests = None
-        self._observe(self._transfer, (1, size_bytes), seconds)
+        self._transfer.observe(size_bytes, seconds)
 
     def observe_link_test(self, size_bytes: int, seconds: float) -> None:
-        """One of a few transfers, small and large, by which a link is tested. Until there was a real one, the tests
-        alone are what is known, and not what was assumed before them."""
-        if self._link_tests is None or min(size_bytes, seconds) <= 0:
-            self._observe(self._transfer, (1, size_bytes), seconds)
-            return
-        self._link_tests.append((size_bytes, seconds))
-        del self._link_tests[:-LINK_TESTS_MAX]
-        self._transfer = LinearFit(_line_through(self._link_tests), changes_as_one=False)
-        for size, measured_s in self._link_tests:
-            self._transfer.observe((1, size), measured_s)
+        """One of a few transfers, small and large, by which a link is tested."""
+        self._transfer.observe_test(size_bytes, seconds)
+
+    def observe_restore(self, tier: Tier, size_bytes: int, seconds: float) -> None:
+        """`seconds` is what moving the bytes took by itself: what a restore waited behind others is no property of
+        the tier, and would be counted twice by who adds what waits there now."""
+        self._restore.setdefault(tier, TransferFit()).observe(size_bytes, seconds)
+
+    def observe_restore_test(self, tier: Tier, size_bytes: int, seconds: float) -> None:
+        """One of a few restores, small and large, by which a tier is tested before there was a real one."""
+        self._restore.setdefault(tier, TransferFit()).observe_test(size_bytes, seconds)
 
     @staticmethod
     def _observe(fit: LinearFit, x: Sequence[float], seconds: float) -> None:
@@ -190,6 +236,10 @@ class LatencyFit:
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def _line_fit(line: tuple[float, float]) -> LinearFit:
+    return LinearFit(line, changes_as_one=False)
 
 
 def _line_through(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:

@@ -4,11 +4,12 @@ One frozen object per service, read once at the start, checked as it is built an
 the same everywhere: the flag `--kv-blocks`, the variable `BATON_KV_BLOCKS`, the YAML key `kv_blocks`.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -20,6 +21,24 @@ from pydantic_settings import (
 from baton.errors import SettingsError
 
 Port = int
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+
+
+def bytes_from(given: Any) -> Any:
+    """A size as people write it, like 4GiB or 500 MB, in bytes; all else as it came."""
+    if not isinstance(given, str):
+        return given
+    found = _SIZE.fullmatch(given)
+    if found is None or (unit := _UNITS.get(found[2].lower())) is None:
+        raise ValueError("a size looks like 1048576, 500MB or 4GiB")
+    return int(found[1]) * unit if found[1].isdecimal() else round(float(found[1]) * unit)
+
+
+BYTES = BeforeValidator(bytes_from)
+Bytes = Annotated[int, BYTES]
 TransportName = Literal["inproc", "shm", "nixl", "ucx", "tcp"]
 RECALL_MODEL = "recall"
 """Stands for the bundled demo model wherever a model directory or id is asked for."""
@@ -83,21 +102,21 @@ class WorkerSettings(ServiceSettings):
         32, ge=1, le=1024, description="Tokens in one KV block; where workers differ, KV is cut anew on its way"
     )
     kv_blocks: int = Field(0, ge=0, description="Blocks in the pool; 0: from kv_memory_bytes")
-    kv_memory_bytes: int = Field(0, ge=0, description="Pool size; 0: 1 GiB on CPU, 90 % of what is free on a GPU")
+    kv_memory_bytes: Bytes = Field(0, ge=0, description="Pool size; 0: 1 GiB on CPU, 90 % of what is free on a GPU")
     context_length_max: int = Field(0, ge=0, description="Longest prompt plus completion; 0: the model's own limit")
     chunk_tokens: int = Field(512, ge=1, description="Tokens computed in one engine step at most")
     sequences_max: int = Field(256, ge=1, description="Sequences in one batch at most")
     waiting_max: int = Field(1024, ge=1, description="Requests that may wait; past it they are refused")
     prefix_cache: bool = Field(True, description="Reuse the KV of prompts that start alike")
-    ddr_bytes: int = Field(0, ge=0, description="Host memory for KV blocks that leave the pool; 0: none")
+    ddr_bytes: Bytes = Field(0, ge=0, description="Host memory for KV blocks that leave the pool; 0: none")
     ssd_dir: Path | None = Field(
         None, description="Directory on a local disk; each worker keeps KV in one file there and finds it again"
     )
-    ssd_bytes: int = Field(0, ge=0, description="Size of that file; 0: none. Blocks get there through ddr_bytes")
+    ssd_bytes: Bytes = Field(0, ge=0, description="Size of that file; 0: none. Blocks get there through ddr_bytes")
     kv_compression: Literal["none", "int8"] = Field(
         "none", description="How KV is kept below HBM; int8 is half to a quarter of the size, and not exact"
     )
-    tier_bytes_in_flight_max: int = Field(
+    tier_bytes_in_flight_max: Bytes = Field(
         64 * 2**20, ge=1, description="KV bytes that may be on their way between tiers at one time"
     )
     fetch: bool = Field(True, description="Fetch prefixes from other workers where the router finds that quicker")
@@ -113,7 +132,7 @@ class WorkerSettings(ServiceSettings):
     )
     transport_tls_key: Path | None = Field(None, description="Its key (PEM)")
     transport_tls_authority: Path | None = Field(None, description="Who signs the certificates of all workers (PEM)")
-    transfer_bytes_in_flight_max: int = Field(
+    transfer_bytes_in_flight_max: Bytes = Field(
         64 * 2**20, ge=1, description="KV bytes of one request that may be on their way at one time"
     )
     link_bytes_per_s_min: float = Field(
@@ -208,8 +227,8 @@ class RouterSettings(ServiceSettings):
     http_port: Port = Field(8000, ge=0, le=65535, description="OpenAI-compatible HTTP port; 0 picks a free one")
     requests_max: int = Field(4096, ge=1, description="Requests in flight at most; past it: 429")
     request_timeout_s: float = Field(3600, gt=0, description="Longest that one request may take; past it: 504")
-    prompt_bytes_max: int = Field(4 * 2**20, ge=1, description="Longest prompt text")
-    body_bytes_max: int = Field(32 * 2**20, ge=1, description="Largest HTTP body or gRPC message")
+    prompt_bytes_max: Bytes = Field(4 * 2**20, ge=1, description="Longest prompt text")
+    body_bytes_max: Bytes = Field(32 * 2**20, ge=1, description="Largest HTTP body or gRPC message")
     models: tuple[ModelSettings, ...] = Field(
         (), description="Models to serve, in the YAML file or as JSON; default: the one that `model` names"
     )
@@ -221,6 +240,11 @@ class RouterSettings(ServiceSettings):
         30, ge=0, description="Longest that a sequence whose worker failed waits for another that can take it"
     )
     tenants_file: Path | None = Field(None, description="YAML file with tenants, API keys and limits; unset: open")
+    cache_bytes_max: Bytes = Field(
+        2**30,
+        ge=0,
+        description="What requests may have kept by `cache` on each worker, where there is no tenants file; 0: nothing",
+    )
     queue_max: int = Field(1024, ge=0, description="Requests that may wait at the router for their turn")
     worker_queue_s: float = Field(
         1.0, gt=0, description="Requests wait at the router while every worker's predicted queue is longer"

@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.handoff_cluster import LINKS, Link, StartFailed, cluster
-from bench.handoff_driver import WAYS, RequestFailed, driving, measure
+from bench.decode_calls import RequestFailed
+from bench.handoff_cluster import LINKS, Link, cluster
+from bench.handoff_driver import WAYS, driving, measure
 from bench.handoff_figures import Row, disagreements, prefill, ttft
 from bench.models import Shape, make_model
 from bench.netns import NoNamespaces
 from bench.wide import wide_console
+from bench.worker_processes import StartFailed
 
 LENGTHS = (128, 512, 2000, 4096, 8192)
 SHAPE = Shape(context=8448)

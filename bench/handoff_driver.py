@@ -1,22 +1,16 @@
 """Asks decode workers as routers do, one request at a time, and says how long the first token took."""
 
-import asyncio
 import random
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
-from typing import TypeAlias
 
-import grpc.aio
-
-from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
-from baton.service import CHANNEL_OPTIONS
+from baton.rpc import common_pb2, worker_pb2
+from bench.decode_calls import RequestFailed, ServeCall, first_output, serving
 from bench.handoff_cluster import Cluster
 from bench.handoff_figures import Row, Sample, Way
 from bench.load import FIRST_TOKEN_ID
 
-ANSWER_TIMEOUT_S = 120.0
 WAYS: Mapping[Way, tuple[str, str | None]] = {
     "local": ("always", None),
     "streamed": ("always", "streamed"),
@@ -24,11 +18,6 @@ WAYS: Mapping[Way, tuple[str, str | None]] = {
     "streamed_unverified": ("never", "streamed"),
 }
 """By the decode worker that is asked, and the prefill worker that it is to ask."""
-ServeCall: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.ServeRequest, worker_pb2.ServeResponse]"
-
-
-class RequestFailed(Exception):
-    """A worker answered with an error, or otherwise than it was asked to."""
 
 
 class Driver:
@@ -59,22 +48,12 @@ class Driver:
         )
         if prefill is not None:
             submit.prefill_candidates.add(worker_id=prefill, address=self._cluster.prefill[prefill])
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            start_s = time.perf_counter()
-            await call.write(worker_pb2.ServeRequest(submit=submit))
-            output = await self._output(call)
-            ttft_s = time.perf_counter() - start_s
+        output, ttft_s = await first_output(call, submit)
         wanted = "" if prefill is None else self._cluster.transport
         if output.error or output.timeline.transport != wanted:
             reason = output.error or f"it came by {output.timeline.transport or 'no transport'} instead"
             raise RequestFailed(f"{way}, {len(prompt)} tokens: {reason}")
         return sample_of(way, len(prompt), output, ttft_s)
-
-    async def _output(self, call: ServeCall) -> worker_pb2.TokenOutput:
-        response = await call.read()
-        if not isinstance(response, worker_pb2.ServeResponse):
-            raise RequestFailed("the decode worker ended the stream")
-        return response.outputs[0]
 
 
 def sample_of(way: Way, tokens: int, output: worker_pb2.TokenOutput, ttft_s: float) -> Sample:
@@ -96,15 +75,8 @@ def sample_of(way: Way, tokens: int, output: worker_pb2.TokenOutput, ttft_s: flo
 
 @asynccontextmanager
 async def driving(cluster: Cluster, vocabulary: int, seed: int) -> AsyncIterator[Driver]:
-    channels = {name: grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) for name, address in cluster.decode.items()}
-    calls = {name: worker_pb2_grpc.DecodeWorkerStub(channel).Serve() for name, channel in channels.items()}
-    try:
+    async with serving(cluster.decode) as calls:
         yield Driver(cluster, calls, vocabulary, seed)
-    finally:
-        for call in calls.values():
-            call.cancel()
-        for channel in channels.values():
-            await channel.close()
 
 
 async def measure(

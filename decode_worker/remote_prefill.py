@@ -14,6 +14,7 @@ from decode_worker.fence import Fence, Unsettled
 from decode_worker.prefill_client import PrefillCancelled, PrefillClient
 from decode_worker.request import ActiveRequest
 from engine.interface import ModelInfo
+from engine.retention import retention_to_proto
 from kvtransfer.interface import Offer
 from kvtransfer.link.client import Link, Links
 from kvtransfer.link.proof import UnknownLink
@@ -49,7 +50,7 @@ class RemotePrefill:
         lacking = blocks[request.cached_tokens // self._model.layout.block_tokens :]
         while candidate := request.next_candidate():
             try:
-                filled = await self._ask(request, candidate.address, lacking)
+                filled = await self._ask(request, candidate, lacking)
             except BatonError as error:
                 log.warning("request %s: %s", request.request_id, error)
                 request.failed_prefill_workers.append(candidate.worker_id)
@@ -61,21 +62,32 @@ class RemotePrefill:
                 return filled
         return None
 
-    async def _ask(self, request: ActiveRequest, address: str, lacking: Sequence[BlockId]) -> Filled:
+    async def _ask(
+        self, request: ActiveRequest, candidate: worker_pb2.PrefillCandidate, lacking: Sequence[BlockId]
+    ) -> Filled:
         """Once more by a new link, where the prefill worker does not know the link."""
+        address = candidate.address
         link = await self._link(address, request.cancelled)
         try:
-            return await self._ask_by(link, request, lacking)
+            return await self._ask_by(link, request, candidate, lacking)
         except UnknownLink as error:
             log.info("request %s, %s: %s", request.request_id, link.worker_id, error)
             self._links.drop(address, link)
-            return await self._ask_by(await self._link(address, request.cancelled), request, lacking)
+            return await self._ask_by(await self._link(address, request.cancelled), request, candidate, lacking)
 
-    async def _ask_by(self, link: Link, request: ActiveRequest, lacking: Sequence[BlockId]) -> Filled:
+    async def _ask_by(
+        self,
+        link: Link,
+        request: ActiveRequest,
+        candidate: worker_pb2.PrefillCandidate,
+        lacking: Sequence[BlockId],
+    ) -> Filled:
         # A ticket of its own for each attempt: whether an earlier one is settled is another question.
         ticket_id = RequestId(f"{request.request_id}/{next(self._ticket_numbers)}")
         try:
             ticket = self._ticket(request, lacking, self._ports.open(link.transport, ticket_id, lacking))
+            if candidate.HasField("fetch"):
+                ticket.fetch.CopyFrom(candidate.fetch)
             link.sign(ticket)
             return await self._client.prefill(link.address, ticket, request.cancelled)
         finally:
@@ -108,4 +120,5 @@ class RemotePrefill:
             blocks=lacking,
             offers=[transfer_pb2.TransportOffer(transport=offer.transport, descriptor=offer.descriptor)],
             deadline_s=min(self._timeout_s, max(request.remaining_s, 0.0) + DEADLINE_GRACE_S),
+            retention=retention_to_proto(request.retention),
         )

@@ -9,7 +9,8 @@ from baton.clock import Clock
 from baton.ids import RequestId
 from baton.rpc import common_pb2, worker_pb2
 from baton.sampling import SamplingParams
-from engine.interface import Admitted, Prefill
+from engine.interface import Admitted, Generated, Prefill, Retention
+from engine.prefetch import NOTHING, Prefetched
 
 
 class Outbox(Protocol):
@@ -35,6 +36,10 @@ class ActiveRequest:
     """HERE from the start, or ELSEWHERE: then it is decided when the prefix cache has been looked at."""
     deadline_s: float | None = None
     """From arrival; None: none."""
+    retention: Retention = Retention()  # noqa: RUF009 - frozen
+    fetch: common_pb2.FetchPlan | None = None
+    """What to fetch before it is queued, where the prompt is computed here; once."""
+    prefetched: Prefetched = NOTHING
     arrived_s: float = 0.0
     admitted_s: float = 0.0
     first_token_s: float | None = None
@@ -86,29 +91,40 @@ class ActiveRequest:
         """Known tokens that were in either worker's prefix cache."""
         return max(self.cached_tokens, self.started.cached_tokens if self.started else 0)
 
-    def timeline(self, preemptions: int) -> common_pb2.Timeline:
+    def timeline(self, last: Generated) -> common_pb2.Timeline:
         now_s = self.clock()
         first_token_s = now_s if self.first_token_s is None else self.first_token_s
         timeline = common_pb2.Timeline(
-            queue_s=self.admitted_s - self.arrived_s,
+            queue_s=max(self.admitted_s - self.arrived_s - self.prefetched.seconds, 0.0),
             prefill_s=first_token_s - self.admitted_s,
             first_token_s=first_token_s - self.arrived_s,
             decode_s=now_s - first_token_s,
             decode_worker=self.decode_worker,
             cached_tokens=self.cached_tokens,
-            preemptions=preemptions,
+            preemptions=last.preemptions,
+            restored_tokens=last.restored_tokens,
+            restore_s=last.restore_s,
+            fetched_tokens=self.prefetched.tokens,
+            fetch_s=self.prefetched.seconds,
         )
         if self.started and self.commit:
-            timeline.MergeFrom(
-                common_pb2.Timeline(
-                    prefill_queue_s=self.started.queue_s,
-                    prefill_s=self.commit.prefill_s,
-                    transfer_s=self.commit.transfer_s,
-                    transfer_exposed_s=self.commit.transfer_exposed_s,
-                    transfer_bytes=self.commit.transfer_bytes,
-                    transport=self.started.transport,
-                    prefill_worker=self.prefill_worker,
-                    prefill_cached_tokens=self.started.cached_tokens,
-                )
-            )
+            timeline.MergeFrom(_elsewhere(self.prefill_worker, self.started, self.commit))
+            # Not merged: a zero says something here.
+            timeline.restored_tokens, timeline.restore_s = self.commit.restored_tokens, self.commit.restore_s
+            timeline.fetched_tokens, timeline.fetch_s = self.started.fetched_tokens, self.started.fetch_s
         return timeline
+
+
+def _elsewhere(
+    worker_id: str, started: worker_pb2.PrefillStarted, commit: worker_pb2.PrefillCommit
+) -> common_pb2.Timeline:
+    return common_pb2.Timeline(
+        prefill_queue_s=started.queue_s,
+        prefill_s=commit.prefill_s,
+        transfer_s=commit.transfer_s,
+        transfer_exposed_s=commit.transfer_exposed_s,
+        transfer_bytes=commit.transfer_bytes,
+        transport=started.transport,
+        prefill_worker=worker_id,
+        prefill_cached_tokens=started.cached_tokens,
+    )

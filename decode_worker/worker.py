@@ -23,6 +23,7 @@ from decode_worker.request import ActiveRequest, Outbox
 from decode_worker.session import DecodeServicer
 from engine.host import WorkerHost
 from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
+from engine.retention import retention_from_proto
 from kvtransfer.inproc import InprocHub
 
 log = logging.getLogger(__name__)
@@ -128,9 +129,15 @@ class DecodeWorker:
             self._host.worker_id,
             Prefill.HERE if stays else Prefill.ELSEWHERE,
             message.deadline_s or None,
+            retention_from_proto(message.retention),
+            message.fetch if stays and message.HasField("fetch") else None,
         )
 
     async def _add(self, request: ActiveRequest) -> None:
+        if request.fetch is not None:
+            await self._prefetch(request, request.fetch)
+        if request.cancelled.is_set():  # which forgot it
+            return
         engine_request = EngineRequest(
             request.request_id,
             request.prompt,
@@ -138,6 +145,7 @@ class DecodeWorker:
             request.prefill,
             request.cache_salt,
             request.generated,
+            request.retention,
         )
         try:
             await self._host.engine.call(lambda engine: engine.add(engine_request))
@@ -146,6 +154,13 @@ class DecodeWorker:
             return
         if request.cancelled.is_set():
             self._abort(request)
+
+    async def _prefetch(self, request: ActiveRequest, plan: common_pb2.FetchPlan) -> None:
+        request.fetch = None
+        known = (*request.prompt, *request.generated)
+        request.prefetched = await self._host.prefetcher.prefetch(
+            request.request_id, plan, known, request.cache_salt, request.retention, request.cancelled
+        )
 
     def cancel(self, request_id: RequestId, outbox: Outbox) -> None:
         """Forgets a request that came by this outbox; its blocks are free as soon as nobody writes into them."""
@@ -207,7 +222,7 @@ class DecodeWorker:
             failed_prefill_workers=request.failed_prefill_workers if is_first else (),
         )
         if is_first or event.finish_reason is not None:
-            output.timeline.CopyFrom(request.timeline(event.preemptions))
+            output.timeline.CopyFrom(request.timeline(event))
         if event.finish_reason is None:
             request.outbox.put(output)
         else:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from baton.settings import (
+    BYTES,
     DecodeWorkerSettings,
     ModelSettings,
     PrefillWorkerSettings,
@@ -29,7 +30,8 @@ A setting has one name everywhere: the flag `--kv-blocks`, the environment varia
 key `kv_blocks` (in the file given with `--config`) are the same. A flag wins over the environment, the environment
 over the file, the file over the default. All are read once, at the start; a bad value or an unknown key in the file
 ends the start with a sentence that names it. Switches have a negative form: `--no-prefix-cache`.
-Lists are separated by commas in flags, and are JSON in environment variables.
+Lists are separated by commas in flags, and are JSON in environment variables. A size is a number of
+bytes, or one with a unit: `500MB`, `4GiB`.
 """
 NESTED = {ModelSettings: "[models](#a-model)", UpstreamSettings: "[upstream](#an-upstream)"}
 NOT_FOR_UP = ", ".join(f"`{name}`" for name in sorted(BY_HAND_ONLY))
@@ -87,7 +89,7 @@ def value(field: FieldInfo) -> str:
         for bound, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"))
         if hasattr(limit, bound)
     ]
-    return ", ".join([kind(field.annotation), *limits])
+    return ", ".join(["size" if BYTES in field.metadata else kind(field.annotation), *limits])
 
 
 def kind(annotation: Any) -> str:

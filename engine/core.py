@@ -3,15 +3,16 @@
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 
 from baton.clock import Clock, monotonic
 from baton.errors import BatonError, InvalidRequest
 from baton.ids import BlockHash, RequestId
+from baton.latency import DEFAULT_LATENCY, WorkerLatency
 from baton.layout import PROBE_BLOCKS
 from baton.sampling import PositionLogprobs, SamplingParams
 from baton.settings import WorkerSettings
@@ -20,6 +21,7 @@ from engine.cache_journal import CacheJournal
 from engine.device_region import DeviceRegion
 from engine.digest_book import DigestBook
 from engine.digests import Digester, RegionDigester
+from engine.filled_blocks import FilledBlocks
 from engine.interface import (
     Admitted,
     BlocksWritten,
@@ -31,20 +33,28 @@ from engine.interface import (
     LayerListener,
     ModelInfo,
     Prefill,
+    Reserved,
+    Retention,
     StepResult,
     StepTiming,
 )
 from engine.kept_blocks import KeptBlocks
 from engine.model.loader import LoadedModel, load_model
 from engine.pool_size import pool_blocks
-from engine.rows import draw_for, fresh_blocks, row_of, written_by
+from engine.prefix_cache import PrefixCache
+from engine.restoring import RestoreGate, next_check_s
+from engine.rows import draw_for, fresh_blocks, restored_before, row_of, written_by
 from engine.runner import ModelRunner, StepLogits, kv_layout
 from engine.sampler import sample
 from engine.scheduler import Chunk, Limits, Scheduler
 from engine.self_test import measure_steps, step_shapes
-from engine.sequence import LiveSequence, Stage, begin_sequence, check_request
+from engine.sequence import LiveSequence, Stage, begin_sequence, check_request, owner_of, root_of
 from engine.stopwatch import Stopwatch, work_of
+from engine.tier_pump import TierPump
+from kvcache.block_hash import block_hashes
 from kvcache.block_pool import BlockPool
+from kvcache.restore_plan import DEFAULT_RESTORE, RestoreCosts
+from kvcache.tiers.interface import LowerTiers, RestoreTiming
 from kvtransfer.interface import Region
 from kvtransfer.region import HostRegion
 
@@ -58,10 +68,28 @@ class Logits(Protocol):
     def prompt_logprobs(self) -> Sequence[tuple[PositionLogprobs, ...]]:
         """For each row of the step, in order; empty where it did not ask."""
 
+    def only(self, rows: Sequence[int], sampled: Sequence[int]) -> Self:
+        """Those of these rows; `sampled`: which of the rows that sample they are."""
+
 
 AnyLogits = TypeVar("AnyLogits", bound=Logits)
 RunnerLogits = TypeVar("RunnerLogits", bound=Logits, covariant=True)
 OnLayer = Callable[[int], None]
+
+
+WAITED_MAX_S = 0.0005
+"""A step that was held up by more than this says nothing of how long computing takes."""
+
+
+@dataclass(slots=True)
+class _Settled:
+    """What became of restores since the last result."""
+
+    timings: list[RestoreTiming] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.timings or self.failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +135,27 @@ class LocalEngine(Generic[AnyLogits]):
         seeds: Callable[[], int] = draw_seed,
         clock: Clock = monotonic,
         digester: Digester | None = None,
+        tiers: LowerTiers | None = None,
     ) -> None:
         """`seeds` gives the seed of each request that comes without one; `clock` times the steps. Without a digester
-        the engine tells no digests."""
+        the engine tells no digests. `tiers`, below the pool, are the engine's from now on."""
         assert model.context_length <= model.layout.pool_blocks * model.layout.block_tokens
         self.model, self.region = model, region
         self._runner, self._sample = runner, sample
         self._listener, self._seeds = listener, seeds
-        self._journal = CacheJournal()
-        self._digests = DigestBook(digester)
-        pool = BlockPool(model.layout.pool_blocks, self._journal, self._digests)
+        self.tiers = tiers
+        self.latency: Callable[[], WorkerLatency] = lambda: DEFAULT_LATENCY
+        """How long what takes on this worker: whoever measures it replaces this."""
+        journal = CacheJournal()
+        self._digests = DigestBook(digester, tiers.digested if tiers else None)
+        pool = BlockPool(model.layout.pool_blocks, *([tiers] if tiers else []), journal, self._digests)
+        self._pump = TierPump(tiers, pool, journal)
+        layout = model.layout
+        self._cache = PrefixCache(pool, layout.block_tokens, tiers, self._costs, layout.layers, clock)
+        self._scheduler = Scheduler(pool, layout.block_tokens, limits, self._cache)
         self._kept = KeptBlocks(pool)
-        self._scheduler = Scheduler(pool, model.layout.block_tokens, limits)
+        self._filled = FilledBlocks(pool, self._cache, self._digests.note, self._scheduler.watermark)
+        self._settled = _Settled()
         self._clock, self._stopwatch = clock, Stopwatch(clock)
         self._sequences: dict[RequestId, LiveSequence] = {}
         self._arrivals = count()
@@ -188,7 +225,7 @@ class LocalEngine(Generic[AnyLogits]):
     ) -> None:
         if sequence := self._sequences.get(request_id):
             assert sequence.stage is Stage.RESERVED and request_id not in self._commits
-            assert len(digests) in (0, len(sequence.blocks) - sequence.published)
+            assert len(digests) in (0, len(sequence.blocks) - sequence.found)
             self._commits[request_id] = _Commit(Drawn(first_token, logprobs[0] if logprobs else ()), digests)
 
     def abandon(self, request_id: RequestId) -> None:
@@ -214,6 +251,7 @@ class LocalEngine(Generic[AnyLogits]):
         self._drop(sequence)
 
     def _drop(self, sequence: LiveSequence) -> None:
+        self._pump.changed()
         del self._sequences[sequence.request_id]
         self._commits.pop(sequence.request_id, None)
         self._digests.forget(sequence.request_id)
@@ -227,16 +265,56 @@ class LocalEngine(Generic[AnyLogits]):
     def let_go(self, held: Held) -> None:
         self._kept.let_go(held.blocks)
 
+    def promote(self, names: Sequence[BlockHash], on_done: Callable[[], None]) -> bool:
+        return self.tiers is not None and self._filled.promote(names, on_done)
+
+    def reserve(self, prompt: Sequence[int], cache_salt: str, blocks_max: int) -> Reserved:
+        block_tokens = self.model.layout.block_tokens
+        blocks = min(blocks_max, (len(prompt) - 1) // block_tokens) if self._scheduler.limits.prefix_cache else 0
+        root = root_of(self.model, cache_salt)
+        return self._filled.reserve(root, block_hashes(root, prompt[: blocks * block_tokens], block_tokens))
+
+    def adopt(self, reserved: Reserved, digests: Sequence[int], owner: Retention) -> None:
+        self._filled.adopt(reserved, digests, owner_of(owner))
+        self._pump.changed()
+
     # ---- steps
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._commits) or self._scheduler.can_admit
+        return (
+            bool(self._commits)
+            or self._pump.is_wanted
+            or self._scheduler.can_compute
+            or self._scheduler.can_admit
+            or self.patience_s == 0
+        )
+
+    @property
+    def patience_s(self) -> float | None:
+        """See engine.interface.Engine."""
+        check_s = next_check_s([*self._cache.restoring.values(), *self._filled.restoring])
+        return None if check_s is None else max(0.0, check_s - self._clock())
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        self._pump.on_wake(wake)
 
     def step(self) -> StepResult:
+        self._pump.turn()
+        self._settle()
         result = self._step()
-        changes = self._journal.take()
-        return replace(result, cache_changes=changes) if changes else result
+        if result:
+            self._pump.changed()
+        changes, settled = self._pump.take_changes(), self._settled
+        if not (changes or settled):
+            return result
+        self._settled = _Settled()
+        return replace(
+            result,
+            failed=(*settled.failed, *result.failed),
+            restored=tuple(settled.timings),
+            cache_changes=changes,
+        )
 
     def _step(self) -> StepResult:
         if not (self._told_news and self._scheduler.running):
@@ -259,13 +337,19 @@ class LocalEngine(Generic[AnyLogits]):
         return StepResult(tuple(admitted), tuple(generated))
 
     def _admitted(self, sequence: LiveSequence) -> Admitted:
-        """With the digests of what is cached where it is to be sent."""
+        """With the digests of what is cached in HBM where it is to be sent."""
         cached = sequence.blocks[: sequence.published] if sequence.prefill is Prefill.ONLY else ()
-        blocks = tuple(sequence.blocks)
-        return Admitted(sequence.request_id, blocks, sequence.cached_tokens, self._digests.of(cached))
+        restoring = (sequence.found - sequence.published) * self.model.layout.block_tokens
+        return Admitted(
+            sequence.request_id,
+            tuple(sequence.blocks),
+            sequence.cached_tokens,
+            self._digests.of(cached),
+            restoring_tokens=restoring if sequence.restoring else 0,
+        )
 
     def _join(self, sequence: LiveSequence, commit: "_Commit") -> Generated:
-        foreign = sequence.blocks[sequence.published :]
+        foreign = sequence.blocks[sequence.found :]
         self._scheduler.commit(sequence)
         if commit.digests:
             self._digests.note(foreign, commit.digests)
@@ -274,24 +358,38 @@ class LocalEngine(Generic[AnyLogits]):
     def _compute(self, chunks: Sequence[Chunk]) -> StepResult:
         """A failure costs the requests of this step, and nobody else: nothing of them was published yet."""
         self._steps += 1
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        gate = RestoreGate([r for chunk in chunks if (r := chunk.sequence.restoring)], self._clock)
+        restored = [(chunk, event) for chunk in chunks for event in restored_before(chunk)]
         written = [(chunk, event) for chunk in chunks for event in written_by(chunk, self.model.layout.block_tokens)]
+        events = [*restored, *written]
         try:
-            on_layer = self._on_layer([event for _, event in written])
-            logits = self._runner.forward([row_of(chunk) for chunk in chunks], on_layer)
-            self._digests.begin([fresh_blocks(chunk, event) for chunk, event in written])
+            on_layer = self._on_layer([event for _, event in events])
+            logits = self._runner.forward([row_of(chunk) for chunk in chunks], gate.before(on_layer))
+            right = self._settle_with(gate, chunks)
+            if len(right) < len(chunks):
+                sampled = [chunk for chunk in chunks if chunk.samples]
+                rows = [index for index, chunk in enumerate(chunks) if chunk in right]
+                logits = logits.only(rows, [index for index, chunk in enumerate(sampled) if chunk in right])
+            sampling = [chunk.sequence for chunk in right if chunk.samples]
+            self._digests.begin([fresh_blocks(chunk, event) for chunk, event in events if chunk in right])
             drawn = self._sample(logits, [draw_for(sequence) for sequence in sampling])
         except Exception as error:
             log.exception("A step of %d rows failed", len(chunks))
             self._stopwatch.reset()
             return self._fail([chunk.sequence for chunk in chunks], error)
-        for chunk, logprobs in zip(chunks, logits.prompt_logprobs, strict=True):
+        for chunk, logprobs in zip(right, logits.prompt_logprobs, strict=True):
             chunk.sequence.prompt_logprobs += logprobs
             self._scheduler.advance(chunk)
-        work = work_of((chunk.start, chunk.end) for chunk in chunks)
-        timing = self._stopwatch.end(work, is_done=bool(sampling) or self.region.is_host)
+        timing = self._timing(chunks, gate, is_done=bool(sampling) or self.region.is_host)
         digested = self._digests.take(wait=bool(sampling))  # the draw has waited for the device already
         return StepResult(generated=tuple(map(self._accept, sampling, drawn)), digested=digested, timing=timing)
+
+    def _timing(self, chunks: Sequence[Chunk], gate: RestoreGate, *, is_done: bool) -> StepTiming | None:
+        """Nothing of a step that waited for what it restored: it would not be the computing that was measured."""
+        if gate.waited_s > WAITED_MAX_S:
+            self._stopwatch.reset()
+            return None
+        return self._stopwatch.end(work_of((chunk.start, chunk.end) for chunk in chunks), is_done=is_done)
 
     def _on_layer(self, written: Sequence[BlocksWritten]) -> OnLayer | None:
         listener = self._listener
@@ -311,6 +409,8 @@ class LocalEngine(Generic[AnyLogits]):
             prompt_logprobs=((), *sequence.prompt_logprobs) if wants_prompt else (),
             cached_tokens=sequence.cached_tokens,
             preemptions=sequence.preemptions,
+            restored_tokens=sequence.restored_tokens,
+            restore_s=sequence.restore_s,
         )
         if reason is not None:
             self._end(sequence)
@@ -327,6 +427,55 @@ class LocalEngine(Generic[AnyLogits]):
         for sequence in sequences:
             self._forget(sequence)
         return StepResult(failed=tuple(Failed(sequence.request_id, reason) for sequence in sequences))
+
+    # ---- what comes up from lower tiers
+
+    def _settle(self) -> None:
+        """Sees to the restores that have ended by now, and ends those that have turned slow."""
+        restoring = self._cache.restoring
+        if restoring:
+            self._cache.give_up_slow(restoring.values())
+            for sequence in [sequence for sequence, its in restoring.items() if its.is_over]:
+                self._settle_one(sequence)
+        self._settled.timings += self._filled.settle()
+
+    def _settle_with(self, gate: RestoreGate, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        """After a forward pass: the chunks that were computed from what they should be."""
+        if not gate.has_restores:
+            return chunks
+        gate.wait_for_all()
+        for chunk in chunks:
+            if chunk.sequence.restoring is not None:
+                self._settle_one(chunk.sequence)
+        live = self._sequences
+        return [c for c in chunks if c.sequence.request_id in live and c.sequence.computed == c.start]
+
+    def _settle_one(self, sequence: LiveSequence) -> None:
+        restoring = sequence.restoring
+        assert restoring is not None
+        restored = restoring.restore.result
+        assert restored is not None
+        blocks = [sequence.blocks[index] for index in restoring.filled[: restored.good]]
+        can_go_on = self._scheduler.settle(sequence)
+        if restored.digests:
+            self._digests.note(blocks, restored.digests)
+        self._settled.timings += restored.timings
+        if restored.reason:
+            log.warning(
+                "%d of %d blocks could not be restored: %s",
+                len(restoring.filled) - restored.good,
+                len(restoring.filled),
+                restored.reason,
+            )
+        if not can_go_on:
+            self._forget(sequence)
+            error = BatonError("Cached KV that was to be sent could not be read any more.")
+            self._settled.failed.append(Failed(sequence.request_id, error))
+
+    def _costs(self) -> RestoreCosts:
+        layout, latency = self.model.layout, self.latency()
+        latency = replace(latency, restore={**DEFAULT_RESTORE, **latency.restore})
+        return RestoreCosts(latency, layout.block_tokens, layout.block_bytes, self._scheduler.limits.chunk_tokens)
 
     # ---- the self-test
 
@@ -367,14 +516,24 @@ class LocalEngine(Generic[AnyLogits]):
             prefix_hits_tokens=scheduler.prefix_hits_tokens,
             preemptions=scheduler.preemptions,
             steps=self._steps,
+            tier_hits_tokens=dict(self._cache.hits_tokens),
+            recomputed_tokens=scheduler.recomputed_tokens,
         )
 
     def check_integrity(self) -> None:
         """Asserts that pool, scheduler and requests agree about who holds what. O(blocks)."""
-        self._scheduler.check_integrity(self._sequences.values(), self._kept.holds().elements())
+        kept = self._kept.holds() + self._filled.holds() + self._pump.holds()
+        self._scheduler.check_integrity(self._sequences.values(), kept.elements())
         assert self._digests.known().keys() == self._scheduler.pool.published()
+        if self.tiers is not None:
+            self.tiers.check_integrity()
 
     def close(self) -> None:
+        self._filled.close()
+        for sequence in tuple(self._cache.restoring):
+            self._cache.cancel(sequence)
+        if self.tiers is not None:
+            self.tiers.close()
         self._runner.close()
         self.region.close()
 

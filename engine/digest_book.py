@@ -1,12 +1,14 @@
 """What is known of the digests of an engine's blocks."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from baton.ids import BlockHash, BlockId, RequestId
 from engine.digests import Digester, Digesting
 from engine.interface import BlocksDigested
+
+OnKnown = Callable[[Sequence[BlockHash], Sequence[int]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +36,29 @@ class DigestBook:
     Without a digester it makes none, and tells none.
     """
 
-    def __init__(self, digester: Digester | None) -> None:
-        self._digester = digester
+    def __init__(self, digester: Digester | None, on_known: OnKnown | None = None) -> None:
+        """`on_known` hears the digests of cached blocks as soon as they are known."""
+        self._digester, self._on_known = digester, on_known
         self._steps: deque[_Step] = deque()
         self._cached: dict[BlockId, int | None] = {}
         """Of each block of the prefix cache, held or not; None: not computed yet."""
+        self._names: dict[BlockId, BlockHash] = {}
+        """Of the same blocks, for `on_known`."""
 
     # ---- what the pool tells
 
     def stored(self, block: BlockId, name: BlockHash) -> None:
-        del name
         self._cached[block] = None
+        if self._on_known is not None:
+            self._names[block] = name
 
     def removed(self, block: BlockId, name: BlockHash) -> None:
         del name
         del self._cached[block]
+        self._names.pop(block, None)
+
+    def flush(self) -> None:
+        """Nothing: a block's digest goes with its name."""
 
     # ---- fresh blocks
 
@@ -83,15 +93,20 @@ class DigestBook:
     def note(self, blocks: Iterable[BlockId], digests: Iterable[int]) -> None:
         """Digests of blocks as they lie; those of cached blocks are kept."""
         if self._digester is not None:
-            self._cached.update(pair for pair in zip(blocks, digests, strict=True) if pair[0] in self._cached)
+            self._know({block: digest for block, digest in zip(blocks, digests, strict=True) if block in self._cached})
 
     def of(self, blocks: Sequence[BlockId]) -> tuple[int, ...]:
         """Of these blocks of the prefix cache; none at all without a digester. May wait for the device."""
         if self._digester is None:
             return ()
         if unknown := [block for block in blocks if self._cached[block] is None]:
-            self._cached.update(zip(unknown, self._digester.begin(unknown).wait(), strict=True))
+            self._know(dict(zip(unknown, self._digester.begin(unknown).wait(), strict=True)))
         return tuple(digest for block in blocks if (digest := self._cached[block]) is not None)
+
+    def _know(self, digests: Mapping[BlockId, int]) -> None:
+        self._cached.update(digests)
+        if self._on_known is not None and digests:
+            self._on_known([self._names[block] for block in digests], list(digests.values()))
 
     def known(self) -> dict[BlockId, int | None]:
         """Of all blocks of the prefix cache. A copy."""

@@ -3,29 +3,34 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
 
 import grpc.aio
 from prometheus_client import CollectorRegistry, start_http_server
 
 from baton.clock import Clock, monotonic
-from baton.cluster.cache_publisher import CacheEventPublisher
+from baton.cluster.cache_events import CacheChanges
 from baton.cluster.membership import Membership
 from baton.cluster.redis_client import connect_redis
 from baton.cluster.worker_info import Load, Role, State, WorkerInfo
 from baton.errors import SettingsError
-from baton.ids import WorkerId, new_worker_id
-from baton.latency_fit import LatencyFit
+from baton.ids import BlockHash, WorkerId, new_worker_id
 from baton.rpc import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.rpc.channels import Channels
 from baton.service import GrpcService
 from baton.settings import WorkerSettings
 from engine.arrival_rate import ArrivalRate
+from engine.cache_admin import CacheAdmin
+from engine.cluster_cache import ClusterCache
 from engine.core import LocalEngine
 from engine.interface import LayerListener, ModelInfo, StepResult
-from engine.latency_metrics import LatencyMetrics
 from engine.metrics import EngineMetrics
+from engine.prefetch import Prefetcher
+from engine.prefetch_metrics import PrefetchMetrics
+from engine.speed import MeasuredSpeed
 from engine.thread import EngineThread
+from engine.tier_metrics import TierMetrics, watch
 from engine.transfer_servicer import SERVICE as TRANSFER_SERVICE
 from engine.transfer_servicer import TransferServicer
 from engine.transfers import open_transfers, read_secret
@@ -71,14 +76,16 @@ class WorkerHost:
         self._on_result, self._layer_listener = on_result, layer_listener
         self._clock, self._hub = clock, hub
         self._epoch = secrets.token_hex(8)
-        self._fit = LatencyFit()
+        self._speed = MeasuredSpeed(self.registry, role, settings.model_name, settings.chunk_tokens)
+        self._tier_metrics = TierMetrics(self.registry, lambda: self.engine.stats())
         self._arrivals = ArrivalRate(clock)
-        self._events: CacheEventPublisher | None = None
+        self._cache: ClusterCache[LocalEngine[Any]] | None = None
+        self._untold: list[CacheChanges] = []
         self._exits: list[Callable[[], object]] = []
 
     async def load(self) -> None:
-        """Loads the model and allocates the pool, on the engine's thread. Raises as LocalEngine.load does, and
-        SettingsError for a cluster secret or transports that cannot be used."""
+        """Loads the model and allocates the pool and the tiers below it, on the engine's thread. Raises as
+        LocalEngine.load does, and SettingsError for a cluster secret or transports that cannot be used."""
         secret = read_secret(self.settings)
         self.engine = EngineThread(
             lambda: LocalEngine.load(self.settings, self._layer_listener),
@@ -88,20 +95,38 @@ class WorkerHost:
         await self.engine.started()
         self.model: ModelInfo = self.engine.model
         EngineMetrics(self.registry, self.role, self.model.name, self.engine.stats)
-        self._latency_metrics = LatencyMetrics(self.registry, self.role, self.model.name, lambda: self._fit.latency)
         self._transfers = open_transfers(
             self.settings,
             secret,
             self.worker_id,
             self.engine,
             self.registry,
-            self._tested_link,
+            self._speed.tested_link,
             self.transferred,
             self._hub,
             self._clock,
         )
+        self.prefetcher = self._make_prefetcher()
         if self.settings.self_test:
-            await self._self_test()
+            await self._speed.self_test(self.engine)
+        await self.engine.call(self._give_latency)
+
+    def _make_prefetcher(self) -> Prefetcher[LocalEngine[Any]]:
+        return Prefetcher(
+            self.worker_id,
+            self.engine,
+            self._transfers.fetcher,
+            self._speed,
+            PrefetchMetrics(self.registry),
+            self.transferred,
+            self._pin,
+            is_on=self.settings.fetch,
+            clock=self._clock,
+        )
+
+    def _give_latency(self, engine: LocalEngine[Any]) -> None:
+        """By which it decides what to restore and what to recompute."""
+        engine.latency = lambda: self._speed.latency
 
     # ---- KV to and from other workers, after `load`
 
@@ -129,34 +154,28 @@ class WorkerHost:
 
     # ---- the start
 
-    async def _self_test(self) -> None:
-        """A worker that fails it may serve all the same; its speed is then learned from what it serves."""
-        try:
-            timings = await self.engine.call(lambda engine: engine.self_test())
-        except Exception:
-            log.warning("The self-test failed; this worker's speed is not known yet", exc_info=True)
-            return
-        self._fit = LatencyFit.of([(timing.work, timing.duration_s) for timing in timings])
-        latency, chunk = self._fit.latency, self.settings.chunk_tokens
-        log.info(
-            "measured by %d steps: %.1f ms for a chunk of %d tokens, %.1f ms for a decode step of one sequence",
-            *(len(timings), 1000 * latency.prefill.chunk_time_s(chunk, chunk / 2), chunk),
-            1000 * latency.decode.step_time_s(1, chunk),
-        )
-
     async def serve(self, service: str, register: Callable[[grpc.aio.Server], None]) -> None:
         """Starts to listen, and announces the worker as ready."""
         settings = self.settings
         redis = await connect_redis(settings.redis_url)
         self._exits.append(redis.aclose)
-        self._events = CacheEventPublisher(redis, settings.key_prefix, self.worker_id, self._epoch)
-        await self._events.start()
-        self._exits.append(self._events.close)
+        self._cache = ClusterCache(redis, settings.key_prefix, self.worker_id, self._epoch, self.engine)
+        while self._untold:
+            self._cache.record(self._untold.pop(0))
+        await self._cache.start(has_tiers=settings.ddr_bytes > 0)
+        self._exits.append(self._cache.close)
+        watching = asyncio.create_task(watch(self.engine, self._tier_metrics), name="watch tiers")
+        self._exits.append(lambda: _cancelled(watching))
         self._grpc = GrpcService(settings.host, settings.grpc_port, [service, "baton.v1.Worker", TRANSFER_SERVICE])
+
+        admin = CacheAdmin(
+            self.worker_id, self.engine, lambda: self._speed.latency, lambda: self.prefetcher.fetched_tokens
+        )
 
         def register_all(server: grpc.aio.Server) -> None:
             register(server)
-            worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(self.status, self.cache_snapshot), server)
+            servicer = WorkerServicer(self.status, self.cache_snapshot, admin)
+            worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)
             transfers = TransferServicer(self.link_book, self._transfers.fetch_servicer)
             transfer_pb2_grpc.add_TransferServicer_to_server(transfers, server)
 
@@ -189,11 +208,23 @@ class WorkerHost:
 
     def _take(self, result: StepResult) -> None:
         if timing := result.timing:
-            self._latency_metrics.measured_step(timing)
-            self._fit.observe_step(timing.work, timing.duration_s)
-        if result.cache_changes and self._events is not None:
-            self._events.record(result.cache_changes)
+            self._speed.stepped(timing)
+        for restored in result.restored:
+            self._speed.restored(restored)
+            self._tier_metrics.restored(restored)
+        self._record(result.cache_changes)
         self._on_result(result)
+
+    def _record(self, changes: CacheChanges) -> None:
+        """What happens before `serve` - a tier's index may be filled from its file by then - is told there."""
+        if self._cache is None:
+            self._untold.append(changes)
+        else:
+            self._cache.record(changes)
+
+    async def _pin(self, names: Sequence[BlockHash], holder: WorkerId, ttl_s: float) -> None:
+        if self._cache is not None:
+            await self._cache.pin(names, holder, ttl_s)
 
     def arrived(self) -> None:
         """A request came, whatever becomes of it."""
@@ -202,16 +233,12 @@ class WorkerHost:
     def transferred(self, size_bytes: int, seconds: float) -> None:
         """KV of one request was moved between this worker and another."""
         if size_bytes:
-            self._latency_metrics.measured_transfer(size_bytes, seconds)
-            self._fit.observe_transfer(size_bytes, seconds)
-
-    def _tested_link(self, size_bytes: int, seconds: float) -> None:
-        self._fit.observe_link_test(size_bytes, seconds)
+            self._speed.transferred(size_bytes, seconds)
 
     def cache_snapshot(self) -> Iterator[worker_pb2.CacheSnapshot]:
         """After `serve`. Of this moment, however slowly it is read."""
-        assert self._events is not None
-        return self._events.inventory().messages()
+        assert self._cache is not None
+        return self._cache.snapshot()
 
     # ---- how it is
 
@@ -239,9 +266,10 @@ class WorkerHost:
             chunk_tokens=self.settings.chunk_tokens,
             sequences_max=self.settings.sequences_max,
             pool=self.settings.pool,
-            latency=self._fit.latency,
+            fetches=self.settings.fetch,
+            latency=self._speed.latency,
             epoch=self._epoch,
-            cache_sequence=self._events.sequence if self._events else 0,
+            cache_sequence=self._cache.sequence if self._cache else 0,
             load=Load(
                 running_sequences=stats.running_sequences,
                 waiting_sequences=stats.waiting_sequences,
@@ -281,6 +309,8 @@ class WorkerHost:
     async def stop(self) -> None:
         """Idempotent, and right at any point of a start that failed. When nobody uses `ports` any more."""
         await self.close_services()
+        if hasattr(self, "prefetcher"):
+            await self.prefetcher.close()
         if hasattr(self, "_transfers"):
             await self._transfers.close()
         if hasattr(self, "engine"):
@@ -300,3 +330,8 @@ class WorkerHost:
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_cached=stats.kv_blocks_cached,
         )
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

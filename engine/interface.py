@@ -11,13 +11,13 @@ from typing import Protocol
 
 from baton.cluster.cache_events import CacheChanges
 from baton.errors import BatonError
-from baton.ids import BlockHash, BlockId, RequestId
+from baton.ids import BlockHash, BlockId, RequestId, TenantTag
 from baton.latency import StepWork, Tier
 from baton.layout import KVLayout
 from baton.sampling import PositionLogprobs as PositionLogprobs
 from baton.sampling import SamplingParams
 from baton.sampling import TokenLogprob as TokenLogprob
-from kvcache.tiers.interface import RestoreTiming
+from kvcache.tiers.interface import LowerTiers, RestoreTiming
 from kvtransfer.interface import Region
 
 
@@ -274,6 +274,14 @@ class Engine(Protocol):
         """The first `len(digests)` of the reserved blocks hold what their names say and become prefix cache; the
         others are free again. Zero digests: not known."""
 
+    @property
+    def tiers(self) -> LowerTiers | None:
+        """Those below its pool, where it has any; for the engine's thread alone."""
+
+    def clear_cache(self, tenant: TenantTag | None) -> tuple[int, int]:
+        """Forgets a tenant's cached blocks, or all, in every tier; what requests hold now goes when these end. Blocks
+        and bytes, a block that lies in several tiers counted in each."""
+
     def commit(
         self,
         request_id: RequestId,
@@ -297,6 +305,14 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    @property
+    def patience_s(self) -> float | None:
+        """`has_work` may become true by itself after so long; None: only by a call, or with a wake-up."""
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, in any thread, when `has_work` has become true by what happened outside of the engine's
+        thread."""
 
     def stats(self) -> EngineStats: ...
 

@@ -6,8 +6,9 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from baton.latency import WorkerLatency
+from baton.latency import TIERS, WorkerLatency
 from engine.interface import StepTiming
+from kvcache.tiers.interface import RestoreTiming
 
 _RATIO = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
@@ -21,7 +22,8 @@ class LatencyMetrics(Collector):
         self._labels, self._latency = {"role": role, "model": model}, latency
         ratio = Histogram(
             "baton_latency_prediction_error_ratio",
-            "What was measured, over what was predicted, of steps that prefill, of other steps, and of transfers of KV",
+            "What was measured, over what was predicted, of steps that prefill, of others, of transfers of KV, and "
+            "of restores from each tier",
             [*self._labels, "quantity"],
             buckets=_RATIO,
             registry=registry,
@@ -29,6 +31,7 @@ class LatencyMetrics(Collector):
         self._prefill, self._decode, self._transfer = (
             ratio.labels(role, model, quantity) for quantity in ("prefill", "decode", "transfer")
         )
+        self._restore = {tier: ratio.labels(role, model, f"restore_{tier}") for tier in TIERS if tier != "hbm"}
         registry.register(self)
 
     def measured_step(self, timing: StepTiming) -> None:
@@ -37,6 +40,10 @@ class LatencyMetrics(Collector):
 
     def measured_transfer(self, size_bytes: int, seconds: float) -> None:
         _observe(self._transfer, seconds, self._latency().transfer.time_s(size_bytes))
+
+    def measured_restore(self, timing: RestoreTiming) -> None:
+        if known := self._latency().restore.get(timing.tier):
+            _observe(self._restore[timing.tier], timing.seconds, known.time_s(timing.size_bytes))
 
     def collect(self) -> Iterator[Metric]:
         latency = self._latency()
@@ -48,6 +55,12 @@ class LatencyMetrics(Collector):
         for coefficient, value in _coefficients(latency).items():
             seconds.add_metric([*self._labels.values(), coefficient], value)
         yield seconds
+        restore = GaugeMetricFamily(
+            "baton_latency_restore_bytes_per_second", "Of each tier, as fitted", labels=[*self._labels, "tier"]
+        )
+        for tier, cost in latency.restore.items():
+            restore.add_metric([*self._labels.values(), tier], cost.bytes_per_s)
+        yield restore
         bandwidth = GaugeMetricFamily(
             "baton_latency_transfer_bytes_per_second", "Of KV between workers, as fitted", labels=list(self._labels)
         )
@@ -69,4 +82,5 @@ def _coefficients(latency: WorkerLatency) -> dict[str, float]:
         "decode_sequence": latency.decode.sequence_s,
         "decode_kv_token": latency.decode.kv_token_s,
         "transfer": latency.transfer.latency_s,
+        **{f"restore_{tier}": cost.latency_s for tier, cost in latency.restore.items()},
     }

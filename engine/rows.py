@@ -44,6 +44,14 @@ def written_by(chunk: Chunk, block_tokens: int) -> Iterator[BlocksWritten]:
         yield BlocksWritten(sequence.request_id, first, end)
 
 
+def restored_before(chunk: Chunk) -> Iterator[BlocksWritten]:
+    """The restored blocks of a sequence that are to be sent, with the first chunk that it computes: told now."""
+    sequence = chunk.sequence
+    first, sequence.untold = sequence.untold, None
+    if first is not None and first < sequence.found:
+        yield BlocksWritten(sequence.request_id, first, sequence.found)
+
+
 def fresh_blocks(chunk: Chunk, event: BlocksWritten) -> FreshBlocks:
     """The blocks of one of the chunk's events."""
     return FreshBlocks(event.request_id, event.first, tuple(chunk.sequence.blocks[event.first : event.end]))

@@ -37,6 +37,10 @@ class StepLogits:
     """One entry a row: for a row that asks, one position for each of its tokens whose successor is known
     (all but the last, and the last with `next_token`), about that successor; empty for other rows."""
 
+    def only(self, rows: Sequence[int], sampled: Sequence[int]) -> "StepLogits":
+        """Implements engine.core.Logits."""
+        return StepLogits(self.logits[list(sampled)], tuple(self.prompt_logprobs[row] for row in rows))
+
 
 class ModelRunner:
     """Owns no memory but a view of the region's; not thread-safe."""

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from baton.errors import InvalidRequest
-from baton.ids import BlockHash, BlockId, RequestId
+from baton.ids import BlockHash, BlockId, RequestId, tenant_tag
 from baton.sampling import PositionLogprobs
-from engine.interface import EngineRequest, FinishReason, ModelInfo, Prefill
+from engine.interface import EngineRequest, FinishReason, ModelInfo, Prefill, Retention
+from engine.restoring import Restoring
 from kvcache.block_hash import BlockHasher, root_hash
+from kvcache.tiers.interface import Owner
 
 
 class Stage(Enum):
@@ -28,7 +30,7 @@ class LiveSequence:
     `tokens` are prompt and output, and `output` starts with what was generated before the request came here. The
     keys and values of the first `computed` tokens lie in `blocks`, and the first `published` of the blocks are known
     to the prefix cache. Between steps a sequence that decodes has exactly one token left to compute, the one drawn
-    last.
+    last. While it is `restoring`, some of the computed tokens' keys and values are still on their way.
     """
 
     request: EngineRequest
@@ -43,12 +45,27 @@ class LiveSequence:
     """Where the prompt is computed from now on: ELSEWHERE becomes HERE once this engine can go on alone."""
     tokens: list[int] = field(init=False)
     output: list[int] = field(init=False)
+    owner: Owner = field(init=False)
     stage: Stage = Stage.WAITING
     blocks: list[BlockId] = field(default_factory=list)
     computed: int = 0
     published: int = 0
+    found: int = 0
+    """Blocks that it was last admitted with: found in the prefix cache, in whatever tier."""
+    restoring: Restoring | None = None
+    untold: int | None = None
+    """Prefill.ONLY: the first block that was restored, until the layer listener is told of it and of those up to
+    `found`."""
+    broken_at: int | None = None
+    """Reserved: the first block that could not be restored as it was. It is computed here in the end, with all after
+    it."""
     cached_tokens: int = 0
     """Found in the prefix cache when it was first admitted."""
+    restored_tokens: int = 0
+    restore_s: float = 0.0
+    """From when it was first admitted until these were there."""
+    lost_tokens: int = 0
+    """That it had computed when it was last preempted."""
     preemptions: int = 0
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
 
@@ -56,6 +73,7 @@ class LiveSequence:
         self.prefill = self.request.prefill
         self.tokens = [*self.request.prompt, *self.request.generated]
         self.output = list(self.request.generated)
+        self.owner = owner_of(self.request.retention)
 
     @property
     def request_id(self) -> RequestId:
@@ -95,6 +113,10 @@ class LiveSequence:
         return self.hasher.hashes
 
 
+def owner_of(retention: Retention) -> Owner:
+    return Owner(tenant_tag(retention.tenant), retention.ttl_s, retention.pin, retention.quota_bytes)
+
+
 def check_request(request: EngineRequest, model: ModelInfo) -> None:
     """Raises InvalidRequest if no engine with this model could ever serve it."""
     prompt, sampling = request.prompt, request.sampling
@@ -130,15 +152,20 @@ def begin_sequence(request: EngineRequest, model: ModelInfo, arrival: int, seed:
     """Of a checked request."""
     layout = model.layout
     room = model.context_length - len(request.prompt)
-    root = root_hash(model.fingerprint, layout.block_tokens, layout.dtype, cache_salt=request.cache_salt)
     return LiveSequence(
         request=request,
         arrival=arrival,
         seed=seed,
         tokens_max=len(request.prompt) + min(room, request.sampling.max_tokens or room),
         stop_token_ids=_stop_token_ids(request, model),
-        hasher=BlockHasher(root, layout.block_tokens),
+        hasher=BlockHasher(root_of(model, request.cache_salt), layout.block_tokens),
     )
+
+
+def root_of(model: ModelInfo, cache_salt: str) -> BlockHash:
+    """What the names of a prompt's blocks follow from."""
+    layout = model.layout
+    return root_hash(model.fingerprint, layout.block_tokens, layout.dtype, cache_salt=cache_salt)
 
 
 def _stop_token_ids(request: EngineRequest, model: ModelInfo) -> frozenset[int]:

@@ -113,6 +113,11 @@ class EngineThread(Generic[E]):
         await self._ended.wait()
         self._thread.join()
 
+    def _wake(self) -> None:
+        """The engine may have work; from any thread."""
+        with self._changed:
+            self._changed.notify()
+
     def request_stop(self) -> None:
         """Makes the thread end by itself; from any thread, also when the loop runs no more."""
         with self._changed:
@@ -141,6 +146,7 @@ class EngineThread(Generic[E]):
             self._error = error
         else:
             self._model, self._region, self._stats = engine.model, engine.region, engine.stats()
+            engine.set_wake(self._wake)
             self._tell(self._started.set)
             self._serve_and_close(engine)
         self.request_stop()
@@ -166,7 +172,9 @@ class EngineThread(Generic[E]):
     def _wait_for_work(self, engine: E) -> bool:
         """False: the thread is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stopping or self._commands or self._may_step(engine))
+            self._changed.wait_for(
+                lambda: self._is_stopping or self._commands or self._may_step(engine), engine.patience_s
+            )
             return not self._is_stopping
 
     def _may_step(self, engine: E) -> bool:

@@ -16,6 +16,7 @@ from baton.settings import WorkerSettings
 from engine.block_source import CachedBlocks
 from engine.core import LocalEngine
 from engine.thread import EngineThread
+from kvtransfer.fetch.client import Fetcher
 from kvtransfer.fetch.servicer import FetchServicer
 from kvtransfer.inproc import InprocHub
 from kvtransfer.link.client import Links
@@ -42,6 +43,8 @@ class Transfers:
     """Gives them what its cache has."""
     links: Links
     """To those that it receives from."""
+    fetcher: Fetcher
+    """Gets what their caches have."""
     channels: Channels
     verifier: Verifier
     """Of all that lands here."""
@@ -52,6 +55,7 @@ class Transfers:
 
     async def close(self) -> None:
         """Idempotent. Nothing is written by or to this worker any more."""
+        await self.fetcher.close()
         await self.links.close()
         await self.fetch_servicer.close()
         await self.channels.close()
@@ -101,7 +105,8 @@ def open_transfers(
         settings.transfer_bytes_in_flight_max,
         on_sent=on_sent,
     )
-    return Transfers(ports, book, fetch_servicer, links, channels, verifier)
+    fetcher = Fetcher(links, ports, channels.to, verifier, fingerprint, region.layout, clock)
+    return Transfers(ports, book, fetch_servicer, links, fetcher, channels, verifier)
 
 
 def read_secret(settings: WorkerSettings) -> bytes | None:

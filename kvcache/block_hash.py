@@ -51,19 +51,19 @@ def _token_bytes(tokens: Iterable[int]) -> bytes:
 class BlockHasher:
     """Names the blocks of a sequence that grows, each once.
 
-    `hashes[i]` names block i of all tokens seen so far.
+    `hashes[i]` names block i of all tokens seen so far; `root` is what they follow from.
     """
 
-    __slots__ = ("_block_tokens", "_root", "hashes")
+    __slots__ = ("_block_tokens", "hashes", "root")
 
     def __init__(self, root: BlockHash, block_tokens: int) -> None:
-        self._root, self._block_tokens = root, block_tokens
+        self.root, self._block_tokens = root, block_tokens
         self.hashes: list[BlockHash] = []
 
     def extend(self, tokens: Sequence[int]) -> None:
         """`tokens` is the part of the sequence from the first unnamed block on; what does not fill a block is
         to be given again, with more."""
-        previous = self.hashes[-1] if self.hashes else self._root
+        previous = self.hashes[-1] if self.hashes else self.root
         self.hashes += block_hashes(previous, tokens, self._block_tokens)
 
     @property

@@ -20,13 +20,20 @@ SPARE_DIVISOR = 32
 RUN_DIVISOR = 8
 """Cached blocks are evicted for the sake of a longer run until one in so many is free, and no further."""
 
+UPCOMING_SWEEP = 8
+"""Blocks that are looked at for each that is asked for of those that will be evicted next."""
+
 
 class PoolListener(Protocol):
     """Hears what the prefix cache gains and loses. Must not call the pool."""
 
     def stored(self, block: BlockId, name: BlockHash) -> None: ...
 
-    def removed(self, block: BlockId, name: BlockHash) -> None: ...
+    def removed(self, block: BlockId, name: BlockHash) -> None:
+        """The block's content is still there until `flush` returns."""
+
+    def flush(self) -> None:
+        """Blocks that were removed are about to be given away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,10 @@ class BlockPool:
 
     # ---- holding
 
+    def find(self, name: BlockHash) -> BlockId | None:
+        """The block that is published under this name. Nobody is promised it until it is held."""
+        return self._by_name.get(name)
+
     def match(self, names: Iterable[BlockHash]) -> PrefixMatch:
         """The blocks of the longest prefix of `names` that is published."""
         blocks = []
@@ -88,7 +99,11 @@ class BlockPool:
             if block is None:
                 break
             blocks.append(block)
-        return PrefixMatch(tuple(blocks), sum(not self._holders[block] for block in blocks))
+        return PrefixMatch(tuple(blocks), self.idle(blocks))
+
+    def idle(self, blocks: Iterable[BlockId]) -> int:
+        """How many of these published blocks nobody holds."""
+        return sum(not self._holders[block] for block in blocks)
 
     def hold(self, blocks: Sequence[BlockId]) -> None:
         """One more holder for each of these blocks, which are held or cached."""
@@ -104,14 +119,18 @@ class BlockPool:
         neighbours in place.
         """
         assert count <= self.available
+        cached = self.cached
         self._make_room(count)
+        if self.cached < cached:
+            for listener in self._listeners:
+                listener.flush()
         blocks = self._free.take(count, after)
         for block in blocks:
             self._holders[block] = 1
         return blocks
 
-    def release(self, blocks: Sequence[BlockId]) -> None:
-        """One holder fewer for each of these blocks."""
+    def release(self, blocks: Sequence[BlockId], *, is_used: bool = True) -> None:
+        """One holder fewer for each of these blocks. `is_used`: somebody had a use for what is in them."""
         for block in blocks:
             assert self._holders[block] > 0, f"block {block} released too often"
             self._holders[block] -= 1
@@ -121,7 +140,7 @@ class BlockPool:
                 self._free.add(block)
             else:
                 self._cached.add(block)
-                self._is_recent[block] = True
+                self._is_recent[block] |= is_used
 
     # ---- the prefix cache
 
@@ -135,6 +154,15 @@ class BlockPool:
         self._name[block], self._by_name[name] = name, block
         for listener in self._listeners:
             listener.stored(block, name)
+
+    def forget(self, blocks: Iterable[BlockId]) -> None:
+        """These published blocks are no prefix cache any more: free, at once or when nobody holds them. What hears of
+        it is not told to flush: nothing of them is to be kept."""
+        for block in blocks:
+            if block in self._cached:
+                self._evict(block)
+            else:
+                self._unpublish(block)
 
     def _make_room(self, count: int) -> None:
         """Evicts until `count` blocks are free, and a spare; and some more while that may give them in one run."""
@@ -156,13 +184,31 @@ class BlockPool:
 
     def _evict(self, block: BlockId) -> None:
         self._cached.remove(block)
+        self._unpublish(block)
+        self._free.add(block)
+
+    def _unpublish(self, block: BlockId) -> None:
         name = self._name[block]
         assert name is not None
         self._name[block] = None
         del self._by_name[name]
-        self._free.add(block)
         for listener in self._listeners:
             listener.removed(block, name)
+
+    def upcoming(self, count: int) -> list[tuple[BlockId, BlockHash]]:
+        """Cached blocks in about the order in which they will be evicted, at most so many: the hand's next lap is
+        looked at, or a part of it, so it takes O(count). Changes nothing."""
+        unused: list[tuple[BlockId, BlockHash]] = []
+        recent: list[tuple[BlockId, BlockHash]] = []
+        for step in range(1, min(self.total, UPCOMING_SWEEP * count) + 1):
+            block = BlockId((self._hand - step) % self.total)
+            name = self._name[block]
+            if name is None or block not in self._cached:
+                continue
+            (recent if self._is_recent[block] else unused).append((block, name))
+            if len(unused) == count:
+                break
+        return (unused + recent)[:count]
 
     # ---- self-check
 

@@ -13,12 +13,14 @@ class FreeRuns:
     one at least half as long.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, are_free: bool = True) -> None:
+        """Blocks 0 to `blocks` - 1, all of which are in it, or none."""
         self._end_of: dict[int, int] = {}
         self._start_of: dict[int, int] = {}
         self._by_size: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(blocks.bit_length() + 1)]
         self._count = 0
-        self._insert(0, blocks)
+        if are_free:
+            self._insert(0, blocks)
 
     def __len__(self) -> int:
         return self._count
@@ -44,6 +46,11 @@ class FreeRuns:
             following = end
             end = self._end_of[following]
             self._remove(following)
+        self._insert(start, end)
+
+    def add_run(self, start: int, end: int) -> None:
+        """Adds the blocks `[start, end)`, of which neither neighbour is in it."""
+        assert start not in self._start_of and end not in self._end_of
         self._insert(start, end)
 
     def take(self, count: int, after: BlockId | None) -> list[BlockId]:

@@ -124,6 +124,56 @@ def explain(
         show(render(decision))
 
 
+cache = typer.Typer(help="Show what the workers' caches hold, tier by tier; or clear them.", rich_markup_mode=None)
+app.add_typer(cache, name="cache")
+
+
+@cache.callback(invoke_without_command=True)
+def show_cache(
+    context: typer.Context,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    top: Annotated[int, typer.Option(min=0, max=100, help="Prefixes to show, the most reused first")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the workers' caches hold, tier by tier; or clear them."""
+    if context.invoked_subcommand is not None:
+        return
+    from launcher.cache import fetch_cache, render
+
+    found = fetch_cache(url, top, api_key)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show(render(found))
+
+
+@cache.command("clear")
+def clear_cache(
+    context: typer.Context,
+    tenant: Annotated[str | None, typer.Option(help="Clear this tenant's blocks alone; default: everybody's")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have every worker forget cached KV. Exits with 1 if a worker could not be reached."""
+    from launcher import cache as command
+
+    if not yes:
+        typer.confirm(command.question(tenant), abort=True, err=True)
+    above = context.parent.params if context.parent else {}  # they may stand before `clear`, too
+    url = url if url != DEFAULT_URL else above.get("url", url)
+    cleared = command.clear_cache(url, tenant, api_key or above.get("api_key"))
+    if as_json:
+        typer.echo(json.dumps(cleared, indent=2))
+    else:
+        for sentence in command.cleared_sentences(cleared):
+            show(sentence)
+    if command.missed(cleared):
+        raise typer.Exit(1)
+
+
 @app.command()
 def demo(as_json: AsJson = False) -> None:
     """Start everything, ask the bundled model about a long ledger, show a request's timeline, stop."""

@@ -27,6 +27,8 @@ TERMS = {
     "others_evicted_s": "others'\nevicted",
 }
 """In the order in which they are shown; their sum is `total_s`."""
+SOURCES = {"hbm": "in HBM", "ddr": "restored from DDR", "ssd": "restored from SSD", "peer": "fetched"}
+"""Where tokens come from that need not be computed."""
 LOCAL = "(decode worker)"
 """Where the prompt is computed if no prefill worker is part of it."""
 OUTCOMES = {"running": "runs", "finished": "finished", "failed": "failed", "cancelled": "was cancelled"}
@@ -58,6 +60,8 @@ def explained(placement: Fields, is_one_of_several: bool) -> Iterable[Renderable
     yield Text()
     if len(placement["candidates"]) > 1:
         yield Text(f"Chosen by {milliseconds(placement['margin_s'])} ms less than the next.")
+    if sentence := cached_sentence(placement["candidates"][0]):
+        yield Text(sentence)
     for sentence in excluded_sentences(placement["excluded"]):
         yield Text(sentence)
     yield Text(outcome_sentence(placement))
@@ -113,8 +117,18 @@ def term_columns(candidates: Sequence[Fields]) -> Sequence[Column]:
 
 
 def cached_tokens(candidate: Fields) -> int:
-    """Where the prompt is computed, in all tiers."""
-    return int(sum(candidate[f"cached_tokens_{tier}"] for tier in ("hbm", "ddr", "ssd")))
+    """Where the prompt is computed, in all tiers, and what is fetched before."""
+    return int(sum(candidate.get(f"cached_tokens_{source}", 0) for source in SOURCES))
+
+
+def cached_sentence(candidate: Fields) -> str:
+    """Where the chosen one finds what it need not compute; empty where that is HBM, or nothing."""
+    where = {**SOURCES, "peer": f"fetched from {candidate.get('fetch_from')}"}
+    counts = {source: int(candidate.get(f"cached_tokens_{source}", 0)) for source in SOURCES}
+    if not any(counts[source] for source in SOURCES if source != "hbm"):
+        return ""
+    parts = [f"{count:,} {where[source]}" for source, count in counts.items() if count]
+    return f"Of the prompt's tokens, not computed: {', '.join(parts)}."
 
 
 def excluded_sentences(excluded: Sequence[Fields]) -> Iterable[str]:

@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from baton.settings import Settings, load_settings
+from baton.settings import BYTES, Settings, load_settings
 
 Result = TypeVar("Result")
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings; flags and BATON_* variables win over it")]
@@ -79,11 +79,13 @@ def is_secret(field: FieldInfo) -> bool:
 def click_type(field: FieldInfo) -> type:
     """What the command line itself checks; all else is the settings' own business."""
     kind = value_type(field)
-    return kind if kind in (bool, int, float) else str
+    return kind if kind in (bool, int, float) and BYTES not in field.metadata else str
 
 
 def metavar(field: FieldInfo) -> str | None:
     kind = value_type(field)
+    if BYTES in field.metadata:
+        return "BYTES"
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if kind is Path:

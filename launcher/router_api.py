@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from baton.errors import BatonError, InvalidRequest, SettingsError, Unavailable
@@ -12,8 +13,14 @@ REPLY_BYTES_MAX = 64 * 2**20
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def fetch(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
-    """The JSON object at a path of the router at `url`.
+def fetch(
+    url: str,
+    path: str,
+    api_key: str | None = None,
+    body: Mapping[str, Any] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> dict[str, Any]:
+    """The JSON object at a path of the router at `url`; with a body, its answer to a POST of that.
 
     Raises SettingsError if that is no URL, InvalidRequest or Unavailable with the router's own sentence if it
     refuses, and Unavailable if no router of Baton's answers there.
@@ -21,9 +28,12 @@ def fetch(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise SettingsError(f"{url} is not a router's URL: it should look like http://HOST:PORT.")
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    if body is not None:
+        headers["content-type"] = "application/json"
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             return dict(json.loads(reply.read(REPLY_BYTES_MAX)))
     except urllib.error.HTTPError as error:
         raise _refusal(url, error) from None

@@ -36,7 +36,7 @@ def bars(timeline: Timeline) -> Sequence[Bar]:
     first_token_s = timeline["first_token_s"]
     drawn = [
         Bar("queue", 0.0, prefill_at_s, milliseconds(prefill_at_s), "yellow"),
-        Bar("prefill", prefill_at_s, prefilled_s, milliseconds(timeline["prefill_s"]), "cyan"),
+        Bar("prefill", prefill_at_s, prefilled_s, prefill_note(timeline), "cyan"),
     ]
     if timeline["transport"]:
         landed_s = prefilled_s + timeline["transfer_exposed_s"]
@@ -46,6 +46,15 @@ def bars(timeline: Timeline) -> Sequence[Bar]:
         Bar("first token", first_token_s, first_token_s, f"after {milliseconds(first_token_s)}", "bold magenta"),
         Bar("decode", first_token_s, first_token_s + timeline["decode_s"], milliseconds(timeline["decode_s"]), "blue"),
     ]
+
+
+def prefill_note(timeline: Timeline) -> str:
+    """How long it took, and what of the prompt came up from a lower tier or from another worker instead."""
+    note = milliseconds(timeline["prefill_s"])
+    for what, seconds in (("restored", "restore_s"), ("fetched", "fetch_s")):
+        if tokens := timeline.get(f"{what}_tokens"):
+            note += f"; {tokens:,} tokens {what} in {milliseconds(timeline[seconds])}"
+    return note
 
 
 def transfer_note(timeline: Timeline) -> str:

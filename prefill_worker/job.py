@@ -11,6 +11,7 @@ from baton.ids import BlockId, RequestId
 from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.convert import layout_from_proto, logprobs_to_proto
 from engine.interface import Admitted, BlocksDigested, BlocksWritten, Failed, Generated
+from engine.prefetch import NOTHING, Prefetched
 from kvtransfer.interface import Connection
 from prefill_worker.progress import Piece, SendProgress
 
@@ -88,8 +89,13 @@ class PrefillJob:
         self._wake = asyncio.Event()
         self._arrived_s = clock()
         self._admitted_s = self._generated_s = self._landed_s = self._arrived_s
+        self._prefetched = NOTHING
         self._is_admitted: asyncio.Future[Admitted] = loop.create_future()
         self._first_token: asyncio.Future[Generated] = loop.create_future()
+
+    def prefetched(self, prefetched: Prefetched) -> None:
+        """Before it is admitted."""
+        self._prefetched = prefetched
 
     # ---- from the engine
 
@@ -97,7 +103,7 @@ class PrefillJob:
         self._admitted_s = self._clock()
         self._source = event.blocks[self._first_block :]
         self._digested(0, event.digests)
-        cached_blocks = event.cached_tokens // self._layout.block_tokens
+        cached_blocks = (event.cached_tokens - event.restoring_tokens) // self._layout.block_tokens
         for layer in range(self._layout.layers):
             self._final(layer, cached_blocks)
         self._is_admitted.set_result(event)
@@ -148,8 +154,10 @@ class PrefillJob:
         event = await asyncio.shield(self._is_admitted)
         return worker_pb2.PrefillStarted(
             transport=self.connection.transport,
-            queue_s=self._admitted_s - self._arrived_s,
+            queue_s=max(self._admitted_s - self._arrived_s - self._prefetched.seconds, 0.0),
             cached_tokens=event.cached_tokens,
+            fetched_tokens=self._prefetched.tokens,
+            fetch_s=self._prefetched.seconds,
         )
 
     async def send(self, tell: Tell) -> None:
@@ -237,6 +245,8 @@ class PrefillJob:
             transfer_s=times.busy_s,
             transfer_exposed_s=times.exposed_s,
             logprobs=logprobs_to_proto(first.logprobs[0]) if first.logprobs else None,
+            restored_tokens=first.restored_tokens,
+            restore_s=first.restore_s,
         )
 
     @property

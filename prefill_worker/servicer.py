@@ -21,6 +21,10 @@ class Jobs(Protocol):
     async def open_job(self, ticket: worker_pb2.Ticket) -> PrefillJob:
         """Raises BatonError if the ticket is refused."""
 
+    async def begin_job(self, job: PrefillJob, ticket: worker_pb2.Ticket) -> None:
+        """Fetches what the ticket's plan says and queues the prompt. Raises BatonError if that is refused. May be
+        cancelled, before `close_job`."""
+
     async def close_job(self, job: PrefillJob) -> None:
         """After it returns no slice of the ticket is written, and the engine's blocks are free or cached."""
 
@@ -44,15 +48,17 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
                 raise InvalidRequest("The first message of a Prefill stream must be a ticket.")
             job = await self._jobs.open_job(first.ticket)
             respond = Respond(context.write)
-            await self._run(job, context, respond, self._jobs.timeout_s(first.ticket))
+            await self._run(job, first.ticket, context, respond)
             if not job.is_committed:
                 await respond(worker_pb2.PrefillResponse(released=worker_pb2.PrefillReleased()))
         except BatonError as error:
             await context.abort(status_code(error), str(error))
 
-    async def _run(self, job: PrefillJob, context: PrefillContext, respond: Respond, timeout_s: float) -> None:
+    async def _run(self, job: PrefillJob, ticket: worker_pb2.Ticket, context: PrefillContext, respond: Respond) -> None:
         """Until the decode worker wants no more of it. Raises what failed, or DeadlineExceeded."""
-        tasks = {asyncio.ensure_future(_serve(job, respond)), asyncio.ensure_future(_listen(job, context))}
+        timeout_s = self._jobs.timeout_s(ticket)
+        serving = asyncio.ensure_future(self._serve(job, ticket, respond))
+        tasks = {serving, asyncio.ensure_future(_listen(job, context))}
         try:
             done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
@@ -65,18 +71,18 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
             await self._jobs.close_job(job)
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _serve(self, job: PrefillJob, ticket: worker_pb2.Ticket, respond: Respond) -> None:
+        """Until cancelled."""
 
-async def _serve(job: PrefillJob, respond: Respond) -> None:
-    """Until cancelled."""
+        async def tell(landed: transfer_pb2.BlocksLanded) -> None:
+            await respond(worker_pb2.PrefillResponse(landed=landed))
 
-    async def tell(landed: transfer_pb2.BlocksLanded) -> None:
-        await respond(worker_pb2.PrefillResponse(landed=landed))
-
-    await respond(worker_pb2.PrefillResponse(started=await job.started()))
-    await job.send(tell)
-    await respond(worker_pb2.PrefillResponse(commit=job.commit()))
-    job.is_committed = True
-    await job.send_again(tell)
+        await self._jobs.begin_job(job, ticket)
+        await respond(worker_pb2.PrefillResponse(started=await job.started()))
+        await job.send(tell)
+        await respond(worker_pb2.PrefillResponse(commit=job.commit()))
+        job.is_committed = True
+        await job.send_again(tell)
 
 
 async def _listen(job: PrefillJob, context: PrefillContext) -> None:

@@ -15,6 +15,7 @@ from baton.rpc.convert import layout_from_proto, sampling_from_proto
 from baton.settings import PrefillWorkerSettings
 from engine.host import WorkerHost
 from engine.interface import BlocksWritten, EngineRequest, Prefill, StepResult
+from engine.retention import retention_from_proto
 from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
 from prefill_worker.gather import Layer, LayerGatherer
@@ -81,7 +82,7 @@ class PrefillWorker:
     # ---- one ticket
 
     async def open_job(self, ticket: worker_pb2.Ticket) -> PrefillJob:
-        """Connects to the decode worker and queues the prompt. Raises BatonError if either is refused."""
+        """Connects to the decode worker. Raises BatonError if that or the ticket is refused."""
         self._host.arrived()
         if self._host.state == "draining":
             raise Unavailable("This prefill worker is shutting down; use another.")
@@ -93,20 +94,27 @@ class PrefillWorker:
         job = PrefillJob(request_id, ticket, connection, self._sending, self._clock)
         self._feeds[request_id] = self._feed(job, ticket, peer.layout)
         self._idle.clear()
-        try:
-            request = EngineRequest(
-                request_id,
-                tuple(ticket.prompt),
-                sampling_from_proto(ticket.sampling),
-                Prefill.ONLY,
-                ticket.cache_salt,
-                tuple(ticket.generated),
-            )
-            await self._host.engine.call(lambda engine: engine.add(request))
-        except BaseException:
-            await self.close_job(job)
-            raise
         return job
+
+    async def begin_job(self, job: PrefillJob, ticket: worker_pb2.Ticket) -> None:
+        """Raises BatonError if the engine takes no more."""
+        retention = retention_from_proto(ticket.retention)
+        if ticket.HasField("fetch"):
+            known = (*ticket.prompt, *ticket.generated)
+            prefetched = await self._host.prefetcher.prefetch(
+                job.request_id, ticket.fetch, known, ticket.cache_salt, retention, asyncio.Event()
+            )
+            job.prefetched(prefetched)
+        request = EngineRequest(
+            job.request_id,
+            tuple(ticket.prompt),
+            sampling_from_proto(ticket.sampling),
+            Prefill.ONLY,
+            ticket.cache_salt,
+            tuple(ticket.generated),
+            retention,
+        )
+        await self._host.engine.call(lambda engine: engine.add(request))
 
     def _feed(self, job: PrefillJob, ticket: worker_pb2.Ticket, target: KVLayout) -> PrefillJob | Recut:
         region = self._host.engine.region

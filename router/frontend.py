@@ -69,6 +69,10 @@ class Frontend:
             return f"no decode worker is ready; known workers: {len(self.cluster.members())}"
         return self.cluster.unready()
 
+    def cache_bytes_max(self, tenant: Tenant) -> int:
+        """What the tenant's requests may have kept on each worker; 0: nothing."""
+        return self.settings.cache_bytes_max if self.tenants.is_open else tenant.cache_bytes_max
+
     async def find_decision(
         self, request_id: RequestId, authorization: str | None, *, this_router_only: bool
     ) -> inference_pb2.Decision | None:
@@ -122,13 +126,15 @@ class Order:
         """`choices` continuations of each prompt, in the order of the API's index, each with a seed of its own.
 
         The template says everything but prompt and choice; its sampling may lack `max_tokens` and `seed`, and its
-        cache salt is the one that the request asks for.
+        cache salt and its retention are those that the request asks for.
 
-        Raises InvalidRequest if a prompt does not fit, Unavailable while no decode worker is ready.
+        Raises InvalidRequest if a prompt does not fit, or its KV is to be kept and may not be; Unavailable while no
+        decode worker is ready.
         """
         tenant = self.caller.tenant
         facts = self.served.facts().limited(tenant.context_length_of(self.served.name), "the context of this API key")
         salt = tenant.cache_salt(template.cache_salt)
+        retention = template.retention.owned(tenant.name, self.frontend.cache_bytes_max(tenant))
         requests = []
         for prompt in prompts:
             facts.check_prompt(prompt)
@@ -136,7 +142,9 @@ class Order:
             assert sampling.seed is not None
             for choice in range(choices):
                 own = sampling.with_changes(seed=(sampling.seed + choice) % 2**64)
-                requests.append(replace(template, prompt=prompt, sampling=own, choice=choice, cache_salt=salt))
+                requests.append(
+                    replace(template, prompt=prompt, sampling=own, choice=choice, cache_salt=salt, retention=retention)
+                )
         return requests
 
     async def start(

@@ -20,10 +20,11 @@ from router.cooldown import Cooldowns
 from router.metrics import ModelMetrics
 from router.model_facts import ModelFacts
 from router.placement.block_names import BlockNames
-from router.placement.decision import Decision
+from router.placement.decision import Decision, Fallback, Fetch
 from router.placement.decision_log import DecisionLog, RequestRecord
 from router.placement.placer import Placer
 from router.placement.price import PlacementRequest
+from router.retention import Retention
 from router.sequence import Delta, SequenceProgress, SequenceRequest
 from router.text.tokenizer import Tokenizer
 from router.worker_pool import Event, WorkerLost, WorkerPool
@@ -146,6 +147,8 @@ class Generation:
         self._unfinished = set(range(len(sequences)))
         self._attempts: dict[int, Attempt] = {}
         self._attempts_made = [0] * len(sequences)
+        self._failed: dict[int, set[WorkerId]] = {}
+        """Decode workers, by the sequence that they failed."""
         self._searches: dict[int, asyncio.Task[None]] = {}
         # Bounded by the tokens asked for: one event a sequence and engine step.
         self._events: deque[tuple[int, Event | _Ending]] = deque()
@@ -244,7 +247,7 @@ class Generation:
         """Raises Unavailable if nobody else can take the sequence now."""
         generator, sequence = self._generator, self.sequences[index]
         placed_s = generator.clock()
-        request = self._placement_request(sequence)
+        request = self._placement_request(index)
         decision = generator.placer.place(request, excluded)
         decided_in_s = generator.clock() - placed_s
         # A client may use an id twice, and a worker may still be clearing up the last attempt.
@@ -267,7 +270,8 @@ class Generation:
         message = _submit(wire_id, sequence, decision, self._left_s)
         generator.pool.submit(decision.chosen.decode, message, attempt.take)
 
-    def _placement_request(self, sequence: SequenceProgress) -> PlacementRequest:
+    def _placement_request(self, index: int) -> PlacementRequest:
+        sequence = self.sequences[index]
         request = sequence.request
         if sequence.has_started:
             tokens: Sequence[int] = [*request.prompt, *sequence.generated]
@@ -277,7 +281,8 @@ class Generation:
             names = self._names.setdefault(id(tokens), BlockNames(tokens, request.cache_salt))
         model = self._generator.model
         expected_tokens = self._generator.expected_tokens.of(model, sequence.tokens_max)
-        return PlacementRequest(model, len(tokens), expected_tokens, names)
+        failed = frozenset(self._failed.get(index, ()))
+        return PlacementRequest(model, len(tokens), expected_tokens, names, failed)
 
     def _leave_worker(self, index: int) -> None:
         if (attempt := self._attempts.pop(index, None)) is not None:
@@ -295,6 +300,7 @@ class Generation:
         if not isinstance(error, (Unavailable, Overloaded, WorkerFault)):
             raise error
         failed = attempt.decision.chosen.decode.worker_id
+        self._failed.setdefault(index, set()).add(failed)
         is_overloaded = isinstance(error, Overloaded)
         self._generator.cooldowns.failed(failed, attempt.placed_s, is_overloaded=is_overloaded)
         if self._attempts_made[index] > self._failovers_max(error):
@@ -367,17 +373,45 @@ class Generation:
 
 
 def _submit(wire_id: RequestId, sequence: SequenceProgress, decision: Decision, deadline_s: float) -> worker_pb2.Submit:
-    workers = [] if decision.chosen.prefill is None else [decision.chosen.prefill, *decision.prefill_fallbacks]
+    chosen, request = decision.chosen, sequence.request
+    plans = [] if chosen.prefill is None else [Fallback(chosen.prefill, chosen.fetch), *decision.prefill_fallbacks]
     return worker_pb2.Submit(
         request_id=wire_id,
-        prompt=sequence.request.prompt,
+        prompt=request.prompt,
         generated=sequence.generated,
         sampling=sampling_to_proto(sequence.resume()),
-        cache_salt=sequence.request.cache_salt,
-        prefill_candidates=[
-            worker_pb2.PrefillCandidate(worker_id=worker.worker_id, address=worker.address) for worker in workers
-        ],
+        cache_salt=request.cache_salt,
+        prefill_candidates=map(_prefill_candidate, plans),
         deadline_s=max(deadline_s, 0.001),  # 0 would mean none
+        retention=_retention(request.retention),
+        fetch=_fetch_plan(chosen.fetch) if chosen.prefill is None else None,
+    )
+
+
+def _retention(retention: Retention) -> common_pb2.CacheRetention:
+    return common_pb2.CacheRetention(
+        ttl_s=retention.ttl_s, pin=retention.pin, tenant=retention.tenant, quota_bytes=retention.quota_bytes
+    )
+
+
+def _prefill_candidate(plan: Fallback) -> worker_pb2.PrefillCandidate:
+    worker = plan.worker
+    return worker_pb2.PrefillCandidate(
+        worker_id=worker.worker_id, address=worker.address, fetch=_fetch_plan(plan.fetch)
+    )
+
+
+def _fetch_plan(fetch: Fetch | None) -> common_pb2.FetchPlan | None:
+    if fetch is None:
+        return None
+    peer = fetch.worker
+    return common_pb2.FetchPlan(
+        worker_id=peer.worker_id,
+        address=peer.address,
+        blocks=fetch.tokens // peer.block_tokens,
+        block_tokens=peer.block_tokens,
+        fetch_s=fetch.fetch_s,
+        compute_s=fetch.compute_s,
     )
 
 

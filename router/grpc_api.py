@@ -19,6 +19,7 @@ from router.frontend import FORGOTTEN, Caller, Frontend, Order
 from router.generation import Generation
 from router.http.errors import retry_after_s
 from router.request_id import SANE_ID
+from router.retention import Retention
 from router.sequence import Delta, SequenceRequest
 from router.text.stop_strings import check_stops
 
@@ -178,6 +179,7 @@ def _template(request: inference_pb2.GenerateRequest) -> SequenceRequest:
         sampling=sampling_from_proto(request.sampling),
         stop=check_stops(request.stop),
         cache_salt=request.cache_salt,
+        retention=Retention(request.cache.ttl_s, request.cache.pin),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from baton.rpc import common_pb2, worker_pb2
 from baton.rpc.convert import logprobs_from_proto
 from baton.sampling import PositionLogprobs, SamplingParams
+from router.retention import NO_PROMISE, Retention
 from router.text.detokenizer import Detokenizer
 from router.text.stop_strings import Scanned, StopStrings
 
@@ -31,6 +32,7 @@ class SequenceRequest:
     continues_prompt: bool = True
     """Whether the text goes on where the prompt's ends, rather than being a message of its own."""
     cache_salt: str = ""
+    retention: Retention = NO_PROMISE
     choice: int = 0
     """Which of its prompt's continuations this is."""
     wants_output: bool = True

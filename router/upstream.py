@@ -36,7 +36,7 @@ BYTES_PER_TOKEN = 4
 """Of text, as a rule of thumb."""
 TOKENS_MAX = 10**9
 """More than that an answer cannot have cost, whatever it tells."""
-NOT_FORWARDED = frozenset({"cache_salt", "service_tier", "timeline"})
+NOT_FORWARDED = frozenset({"cache", "cache_salt", "service_tier", "timeline"})
 """Fields that are between the client and this server: another server refuses what it does not know, and a tier
 there is paid by this server's owner."""
 TELLS_OF_THE_REQUEST = frozenset({400, 413, 415, 422})

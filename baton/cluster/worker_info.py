@@ -54,6 +54,8 @@ class WorkerInfo(BaseModel):
     sequences_max: int = 256
     pool: str = "default"
     """Workers of one kind, such as one GPU type; operators choose the name."""
+    fetches: bool = False
+    """Whether it gets prefixes from other workers where it is told to (FetchPlan)."""
     latency: WorkerLatency = DEFAULT_LATENCY
     epoch: str
     """Drawn anew at each start of the process."""

@@ -1,12 +1,16 @@
 """What a tier asks when it must choose: numbers in, numbers out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from baton.ids import BlockHash
+
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,29 +18,36 @@ class Candidates:
     """Blocks of which some must go, each an entry of every array."""
 
     age_s: Floats
-    """Since the last use, or since it was stored."""
-    uses: NDArray[np.int32]
-    """Reuses so far."""
-    interval_s: Floats
-    """Between the last two uses; infinite before the first reuse."""
-    depth: NDArray[np.int32]
+    """Since a request last used it or had it stored, whatever tier it lay in."""
+    uses: Counts
+    """Reuses so far, as `KeepPolicy.seen` last said of it; 0 where that is not known."""
+    depth: Counts
     """Place in the prompt, in blocks."""
     saved_s: Floats
     """What not computing it again saves, less what bringing it up takes."""
+    copies: Counts
+    """On other workers."""
     size_bytes: int
     """Of each."""
-    copies: NDArray[np.int32]
-    """On other workers."""
+    fetch_s: float = 0.0
+    """What bringing one up takes longer from another worker than from here."""
 
 
 class KeepPolicy(Protocol):
-    """Learns from what it is told how likely blocks are to be reused. Deterministic: no clock, no chance of its own."""
+    """Learns how likely blocks are to be used again, and when. Deterministic: no clock, no chance of its own."""
 
-    def hit(self, age_s: float, uses: int, depth: int) -> None:
-        """A block that was used `uses` times before was used again after `age_s`."""
+    def seen(self, names: Sequence[BlockHash], first: int, now_s: float) -> Counts:
+        """A request uses these blocks, adjacent in its prompt, the first at depth `first`: found in whatever tier, or
+        computed and stored now. To be called once for each block of each request, for the first block before the
+        last; `now_s` never goes back.
 
-    def lost(self, age_s: float, uses: int, depth: int) -> None:
-        """A block went, after so long without a use."""
+        How often each was used before, even if it was dropped since: a bounded memory of names, far longer than the
+        tiers', tells a block that comes again and again from one that is seen once. To be kept as `uses`.
+        """
 
     def values(self, blocks: Candidates) -> Floats:
-        """What keeping each is worth: seconds saved per byte and second of keeping. The lowest goes first."""
+        """What keeping each is worth: seconds saved per byte and second of keeping. The lowest goes first.
+
+        Comparable between any blocks at any time: a newcomer (`age_s` 0) that is worth less than what it would
+        displace need not be taken in.
+        """

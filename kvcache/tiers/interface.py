@@ -144,7 +144,8 @@ class PoolView(Protocol):
 
     def hold(self, blocks: Sequence[BlockId]) -> None: ...
 
-    def release(self, blocks: Sequence[BlockId]) -> None: ...
+    def release(self, blocks: Sequence[BlockId], *, is_used: bool = True) -> None:
+        """`is_used`: somebody had a use for what is in them, so they are evicted later."""
 
 
 class LowerTiers(Protocol):

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from baton.errors import InvalidRequest, SettingsError, Unauthorized
+from baton.settings import Bytes
 from router.admission.request_class import CLASSES, RequestClass
 
 KEY_CHARACTERS_MIN, KEY_CHARACTERS_MAX = 20, 512
@@ -29,7 +30,7 @@ Tokens = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 
 
 class Tenant(BaseModel):
-    """One tenant's terms; where a limit may be 0, that stands for none."""
+    """One tenant's terms; where a limit may be 0, that stands for no limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -58,6 +59,10 @@ class Tenant(BaseModel):
     cache: Literal["own", "shared"] = "own"
     """Whether cached prefixes are shared with the other tenants that say `shared`. How fast an answer comes tells
     whether its prompt was cached, so `shared` lets those tenants find out what others have sent."""
+    cache_bytes_max: Bytes = Field(default=0, ge=0)
+    """What its requests may have kept by `cache` on each worker; here 0 stands for nothing."""
+    operator: bool = False
+    """Whether its keys also open what concerns everybody: the whole cache's state, and clearing it."""
 
     @model_validator(mode="after")
     def default_class_is_allowed(self) -> Self:
@@ -90,7 +95,7 @@ class Tenant(BaseModel):
         return f"\0\0{asked}" if asked.startswith("\0") else asked
 
 
-OPEN = Tenant(name="default", cache="shared")
+OPEN = Tenant(name="default", cache="shared", operator=True)
 """Everybody, where no tenants are named."""
 
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from baton.errors import BatonError, InvalidRequest, Unavailable
 from router.catalog import ServedModel
 from router.frontend import Frontend
+from router.http.cache_routes import add_cache_routes
 from router.http.caller import read_caller
 from router.http.chat import CHAT
 from router.http.completions import COMPLETIONS
@@ -42,6 +43,7 @@ def make_http_app(frontend: Frontend, registry: CollectorRegistry) -> ASGIApp:
     _add_generation_routes(app, frontend)
     _add_model_routes(app, frontend)
     add_operator_routes(app, frontend, registry)
+    add_cache_routes(app, frontend)
     _describe_requests(app)
     return Door(app, frontend.metrics, [route.path for route in app.routes if isinstance(route, Route)])
 

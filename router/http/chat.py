@@ -79,6 +79,7 @@ async def _sequences(request: ChatCompletionRequest, order: Order) -> list[Seque
         skip_special_tokens=request.skip_special_tokens is not False,
         continues_prompt=bool(request.continue_final_message),
         cache_salt=request.cache_salt or "",
+        retention=request.retention,
     )
     prompt = await order.served.prompts.encode_chat(
         [_message(index, message) for index, message in enumerate(request.messages)],

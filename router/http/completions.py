@@ -101,6 +101,7 @@ async def _sequences(request: CompletionRequest, order: Order) -> list[SequenceR
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         cache_salt=request.cache_salt or "",
+        retention=request.retention,
         wants_output=wants_output,
     )
     prompts = [await _tokens(prompt, request, order) for prompt in _prompts(request)]

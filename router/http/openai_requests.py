@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from baton.errors import InvalidRequest
 from baton.sampling import LOGPROBS_MAX, SamplingParams
 from router.admission.request_class import RequestClass
+from router.retention import NO_PROMISE, TTL_MAX_S, Retention
 from router.text.stop_strings import check_stops
 
 CHOICES_MAX = 128
@@ -70,6 +71,15 @@ class StreamOptions(OpenAIModel):
     continuous_usage_stats: bool | None = None
 
 
+class CacheOptions(BaseModel):
+    """Ours alone, so a field that is not known is a mistake."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    ttl_s: float | None = Field(None, gt=0, le=TTL_MAX_S, description="Keep the KV so long after its last use")
+    pin: bool | None = Field(None, description="Keep the KV until the tenant's cache is cleared")
+
+
 class GenerationRequest(OpenAIModel):
     """What completions and chat completions have in common; null means the default."""
 
@@ -101,11 +111,17 @@ class GenerationRequest(OpenAIModel):
     cache_salt: str | None = Field(None, max_length=256)
     # Baton's
     timeline: bool | None = Field(None, description="Tell where the request's time went")
+    cache: CacheOptions | None = Field(None, description="How long to keep the request's KV, within the tenant's quota")
 
     @property
     def request_class(self) -> RequestClass | None:
         """None: the tenant's own."""
         return None if self.service_tier is None else _CLASSES[self.service_tier]
+
+    @property
+    def retention(self) -> Retention:
+        """As it is asked for."""
+        return NO_PROMISE if self.cache is None else Retention(self.cache.ttl_s or 0.0, bool(self.cache.pin))
 
     @property
     def choices(self) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple, overload
 
 from baton.cluster.worker_info import WorkerInfo
 from router.index.prefixes import PrefixLength
-from router.placement.decision import CachedTokens, Candidate, Terms
+from router.placement.decision import CachedTokens, Candidate, Fallback, Fetch, Terms
 from router.placement.price import Pair
 
 
@@ -21,6 +21,7 @@ class _Priced(NamedTuple):
     cached: PrefixLength | None
     decode_reused_tokens: int
     decode_cached: PrefixLength | None
+    fetch: Fetch | None
 
     def candidate(self) -> Candidate:
         return Candidate(
@@ -28,8 +29,9 @@ class _Priced(NamedTuple):
             self.prefill,
             Terms(*self.terms),
             self.itl_s,
-            _cached_tokens(self.cached, self.reused_tokens, (self.prefill or self.decode).block_tokens),
+            _cached_tokens(self.cached, self.reused_tokens, (self.prefill or self.decode).block_tokens, self.fetch),
             _cached_tokens(self.decode_cached, self.decode_reused_tokens, self.decode.block_tokens),
+            self.fetch,
         )
 
 
@@ -85,24 +87,29 @@ def _priced(pair: Pair) -> _Priced:
         decode_s / costs.request.expected_tokens,
         int(costs.cached_tokens.item(compute)),
         costs.lengths.get(compute),
-        int(costs.cached_tokens.item(decode)),
+        int(costs.reused.tokens.item(decode)),
         costs.lengths.get(decode),
+        costs.fetch(compute),
     )
 
 
-def _cached_tokens(length: PrefixLength | None, reused_tokens: int, block_tokens: int) -> CachedTokens:
-    """Those that are worth restoring come first: HBM's, then DDR's."""
+def _cached_tokens(
+    length: PrefixLength | None, reused_tokens: int, block_tokens: int, fetch: Fetch | None = None
+) -> CachedTokens:
+    """Those that are worth restoring come first: HBM's, then DDR's; what is fetched comes after all of them."""
+    fetched = fetch.fetched_tokens if fetch else 0
     if length is None:
-        return CachedTokens()
-    hbm = min(length.hbm * block_tokens, reused_tokens)
-    ddr = min(length.ddr * block_tokens, reused_tokens - hbm)
-    return CachedTokens(hbm, ddr, reused_tokens - hbm - ddr)
+        return CachedTokens(peer=fetched)
+    own_tokens = reused_tokens - fetched
+    hbm = min(length.hbm * block_tokens, own_tokens)
+    ddr = min(length.ddr * block_tokens, own_tokens - hbm)
+    return CachedTokens(hbm, ddr, own_tokens - hbm - ddr, fetched)
 
 
-def prefill_fallbacks(pair: Pair, count: int) -> tuple[WorkerInfo, ...]:
+def prefill_fallbacks(pair: Pair, count: int) -> tuple[Fallback, ...]:
     """The best other prefill workers for the decode worker chosen; none where that computes the prompt anyway."""
     if pair.compute == pair.decode:
         return ()
-    workers, row = pair.costs.fleet.workers, pair.costs.row(pair.decode)
-    others = [compute for cost_s, compute, _ in row if compute != pair.compute and cost_s < inf]
-    return tuple([workers[compute] for compute in others[:count]])
+    costs = pair.costs
+    others = [compute for cost_s, compute, _ in costs.row(pair.decode) if compute != pair.compute and cost_s < inf]
+    return tuple([Fallback(costs.fleet.workers[compute], costs.fetch(compute)) for compute in others[:count]])

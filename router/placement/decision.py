@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from baton.cluster.worker_info import WorkerInfo
 from baton.ids import WorkerId
@@ -14,7 +15,7 @@ class Terms:
 
     queue_s: float = 0.0
     restore_s: float = 0.0
-    """From the tier that cached blocks lie in."""
+    """From the tier that cached blocks lie in, and from another worker."""
     prefill_s: float = 0.0
     """Of what is cached nowhere on the worker that computes the prompt."""
     transfer_s: float = 0.0
@@ -47,10 +48,34 @@ class CachedTokens:
     hbm: int = 0
     ddr: int = 0
     ssd: int = 0
+    peer: int = 0
+    """On another worker, which it is fetched from."""
 
     @property
     def total(self) -> int:
-        return self.hbm + self.ddr + self.ssd
+        return self.hbm + self.ddr + self.ssd + self.peer
+
+
+class Fetch(NamedTuple):
+    """A prefix that the worker that computes the prompt gets from another first."""
+
+    worker: WorkerInfo
+    """Who has it."""
+    tokens: int
+    """How long a prefix that one hands out: whole blocks, from the prompt's first on."""
+    fetched_tokens: int
+    """The last ones of these: what the other lacks."""
+    fetch_s: float
+    compute_s: float
+    """What computing the same tokens would take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """Who computes the prompt if others cannot, and what it fetches first."""
+
+    worker: WorkerInfo
+    fetch: Fetch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +91,12 @@ class Candidate:
     cached_tokens: CachedTokens
     """On the worker that computes the prompt."""
     decode_cached_tokens: CachedTokens
+    fetch: Fetch | None = None
+
+    @property
+    def work_s(self) -> float:
+        """Of the worker that computes the prompt: it does other things while it fetches."""
+        return self.terms.restore_s + self.terms.prefill_s - (self.fetch.fetch_s if self.fetch else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +109,7 @@ class Excluded:
 class Decision:
     policy: str
     chosen: Candidate
-    prefill_fallbacks: tuple[WorkerInfo, ...]
+    prefill_fallbacks: tuple[Fallback, ...]
     """Who computes the prompt if the chosen prefill worker fails; best first."""
     others: Sequence[Candidate]
     """The best of those not chosen, best first; a bounded number. Built where somebody looks: most never are."""

@@ -24,6 +24,7 @@ class _Candidate(NamedTuple):
     itl_s: float
     cached_tokens: CachedTokens
     decode_cached_tokens: CachedTokens
+    fetch_from: str
 
 
 class _Kept(NamedTuple):
@@ -152,6 +153,7 @@ def _kept_candidate(candidate: Candidate) -> _Candidate:
         candidate.itl_s,
         candidate.cached_tokens,
         candidate.decode_cached_tokens,
+        candidate.fetch.worker.worker_id if candidate.fetch else "",
     )
 
 
@@ -165,5 +167,7 @@ def _candidate_to_proto(candidate: _Candidate) -> inference_pb2.Candidate:
         cached_tokens_ddr=candidate.cached_tokens.ddr,
         cached_tokens_ssd=candidate.cached_tokens.ssd,
         decode_cached_tokens=candidate.decode_cached_tokens.total,
+        cached_tokens_peer=candidate.cached_tokens.peer,
+        fetch_from=candidate.fetch_from,
         **{name: getattr(candidate.terms, name) for name in _TERMS},
     )

@@ -29,7 +29,7 @@ class Fleet:
     def __init__(self, loads: Sequence[WorkerLoad], demand: Demand, now_s: float) -> None:
         self.demand = demand
         self.kinds = tuple(dict.fromkeys(BlockKind.of(load.info) for load in loads))
-        """More than one where workers differ in the size of their blocks."""
+        """More than one where workers differ in the size of their blocks: in nothing else can they within a fleet."""
         prefill = [load for load in loads if load.info.role == "prefill"]
         decode = [load for load in loads if load.info.role == "decode"]
         self.loads, self.prefill_count, self.decode_count = (*prefill, *decode), len(prefill), len(decode)
@@ -44,6 +44,8 @@ class Fleet:
         self.token_bytes = max((info.kv_block_bytes / info.block_tokens for info in self.workers), default=0.0)
         self.layers = max((info.layers for info in self.workers), default=1)
         count = len(self.loads)
+        self.is_fetching = np.array([info.fetches for info in self.workers], bool)
+        self.fetching_count = int(self.is_fetching.sum())
         # What a prompt costs wherever it is computed.
         self.token_s, self.half_context_s, self.chunk_s, self.chunk_tokens = _columns(4, count)
         self.queue_ends_at_s, self.queue_least_s, self.waiting_tokens, self.waiting_prompts = _columns(4, count)
@@ -53,7 +55,9 @@ class Fleet:
         """Of the workers that prompts are sent to as a rule; they come first."""
         self.reported_arrivals_per_s, self.mean_arrivals_per_s = np.zeros(self.pool_count), 0.0
         self.free_blocks, self.block_value_s, self.capacity_tokens = _columns(3, count)
-        self.link_latency_s, self.link_byte_s = _columns(2, count)
+        self.link_latency_s, self.link_byte_s, self.link_block_s = _columns(3, count)
+        self.token_least_s = 0.0
+        """Of the quickest of the pool, at computing."""
         # What a sequence costs where it decodes; these columns start at the first decode worker.
         self.step_s, self.sequence_s, self.kv_token_s = _columns(3, len(decode))
         self.running, self.remaining_tokens, self.kv_tokens, self.used_blocks = _columns(4, len(decode))
@@ -124,7 +128,9 @@ class Fleet:
         self.capacity_tokens[column] = _capacity_tokens(info)
         self.link_latency_s[column] = info.latency.transfer.latency_s
         self.link_byte_s[column] = 1 / info.latency.transfer.bytes_per_s
+        self.link_block_s[column] = info.latency.transfer.time_s(info.kv_block_bytes)
         if column < self.pool_count:
+            self.token_least_s = float(self.token_s[: self.pool_count].min())
             self.reported_arrivals_per_s[column] = info.load.arrivals_per_s
             self.mean_arrivals_per_s = float(self.reported_arrivals_per_s.mean())
         self.refresh_queue(load)

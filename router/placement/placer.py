@@ -4,6 +4,7 @@ Synchronous, on one thread: workers, their caches, the clock and chance are give
 """
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import inf
 from operator import itemgetter
@@ -142,11 +143,14 @@ class Placer:
     # ---- a placement
 
     def place(self, request: PlacementRequest, excluded: Mapping[WorkerId, str] = _NOBODY_EXCLUDED) -> Decision:
-        """`excluded`: workers that may not have it, each with the reason. Changes nothing.
+        """`excluded`: workers that may not have it, nor be asked for what they have of it, each with the reason.
+        Changes nothing.
 
         Raises Unavailable if no decode worker can take it.
         """
         now_s = self._clock()
+        if excluded:
+            request = replace(request, not_from=request.not_from.union(excluded))
         fleets = [fleet for fleet in self._fleets.get(request.model, ()) if fleet.decode_count]
         options = [self._price(fleet, request, now_s) for fleet in fleets]
         left_out = self._exclude(request, options, excluded)
@@ -199,7 +203,7 @@ class Placer:
             compute,
             decode,
             request.prompt_tokens - cached_tokens,
-            chosen.terms.restore_s + chosen.terms.prefill_s,
+            chosen.work_s,
             chosen.itl_s,
             request.prompt_tokens,
             -(-request.prompt_tokens // block_tokens) - chosen.decode_cached_tokens.total // block_tokens,

@@ -138,7 +138,7 @@ class PrefixAffinity(Scored):
         return self._scores(costs, ends, costs.fleet.waiting_prompts[ends])
 
     def _scores(self, costs: Costs, columns: slice, requests: Floats) -> Floats:
-        cached_tokens = costs.cached_tokens[columns]
+        cached_tokens = costs.reused.tokens[columns]
         longest = cached_tokens.max()
         uneven = (
             requests.max() - requests.min() > self.UNEVEN_BY and requests.max() > self.UNEVEN_TIMES * requests.min()

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from baton.cluster.worker_info import WorkerInfo
-from baton.ids import BlockHash
-from baton.latency import Tier
-from router.index.prefixes import Prefixes, PrefixLength
+from baton.ids import BlockHash, WorkerId
+from router.index.prefixes import Prefixes
 from router.placement.block_names import BlockKind
+from router.placement.decision import Fetch
+from router.placement.fetch import Fetches, find_fetches
 from router.placement.fleet import Fleet, Floats
+from router.placement.reuse import Reuse, prefill_time_s, reuse
 
 _Priced = tuple[float, int, int, float]
 """A pair's cost, its columns, and the exposed transfer."""
@@ -26,7 +27,6 @@ ROW_MAX = 8
 """Pairs that are looked for at most, so that no more of a decode worker's can be among them."""
 OVERTAKEN = 0.5
 """The part of the prompts on their way to a worker that one placed now gets there before."""
-
 
 LIKELY_TO_COME = 0.25
 """Sequences that will want to decode on a worker while it computes a prompt, beside those that run there: so much
@@ -42,6 +42,8 @@ class PlacementRequest:
     """That it will generate; at least one."""
     names: Callable[[BlockKind], Sequence[BlockHash]]
     """Of the prompt's whole blocks."""
+    not_from: frozenset[WorkerId] = frozenset()
+    """Workers that nothing is to be fetched from."""
 
     def __post_init__(self) -> None:
         assert self.prompt_tokens >= 1 and self.expected_tokens >= 1
@@ -56,13 +58,18 @@ class Costs:
     request: PlacementRequest
     lengths: Prefixes
     """What the prefix index found, by column."""
+    reused: Reuse
+    """Of its own."""
+    fetches: list[Fetches]
+    """From other workers, if the prompt is computed here: each for other columns."""
     cached_tokens: Floats
-    """That are reused where the prompt is computed."""
+    """That need not be computed where the prompt is computed."""
     queue_s: Floats
     restore_s: Floats
+    """From lower tiers and from other workers."""
     prefill_s: Floats
     work_s: Floats
-    """The sum of the two: what can hide a transfer."""
+    """What others wait for, and what can hide a transfer: the prefill, and the restore from its own tiers."""
     others_queue_s: Floats
     others_evicted_s: Floats
     compute_s: Floats
@@ -95,6 +102,15 @@ class Costs:
         else:
             self.join_s[column - self.fleet.prefill_count] = np.inf
             self.excluded_decode += 1
+
+    def fetch(self, column: int) -> Fetch | None:
+        """What it gets from another worker if the prompt is computed there."""
+        for each in self.fetches:
+            if each.is_quicker[column]:
+                peer, tokens = self.fleet.workers[each.offer.peer], each.offer.tokens
+                fetched = tokens - int(self.reused.held_tokens.item(column))
+                return Fetch(peer, tokens, fetched, each.fetch_s.item(column), each.saved_s.item(column))
+        return None
 
     def row(self, decode: int) -> list[_InRow]:
         """The best prefill workers for a decode worker by `compute + exposed transfer`, best first. Decode workers
@@ -134,13 +150,16 @@ def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Fl
     """`lengths` is what the prefix index found, by column; `ties_s`, one for each worker, is random and far below what
     matters: it decides between equals."""
     tokens, first_decode = request.prompt_tokens, fleet.prefill_count
-    cached_tokens, restore_s = reuse(fleet, tokens, lengths)
-    new_tokens = tokens - cached_tokens
-    prefill_s = prefill_time_s(fleet, tokens, cached_tokens, new_tokens)
+    reused = reuse(fleet, tokens, lengths)
+    prefill_s = prefill_time_s(fleet, tokens, reused.tokens, tokens - reused.tokens)
+    closed = {column for worker in request.not_from if (column := fleet.column_of.get(worker)) is not None}
     queue_s = np.maximum(fleet.queue_ends_at_s - now_s, fleet.queue_least_s)
-    work_s = prefill_s + restore_s
+    fetches = find_fetches(fleet, tokens, lengths, reused, queue_s, prefill_s, ties_s, closed)
+    cached_tokens, own_restore_s, restore_s, prefill_s = with_fetches(fetches, reused, prefill_s)
+    work_s = prefill_s + own_restore_s
+    ready_s = prefill_s + restore_s if fetches else work_s
     others_queue_s = delay_to_others_s(fleet, work_s, queue_s, now_s)
-    new_blocks = np.ceil(tokens / fleet.block_tokens) - cached_tokens / fleet.block_tokens
+    new_blocks = np.ceil(tokens / fleet.block_tokens) - reused.tokens / fleet.block_tokens
     others_evicted_s = eviction_s(fleet, new_blocks)
     lacking_blocks = new_blocks[first_decode:]
     longer_step_s = fleet.sequence_s + fleet.kv_token_s * (tokens + request.expected_tokens / 2)
@@ -151,6 +170,8 @@ def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Fl
         fleet,
         request,
         lengths,
+        reused,
+        fetches,
         cached_tokens,
         queue_s,
         restore_s,
@@ -158,12 +179,12 @@ def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Fl
         work_s,
         others_queue_s,
         others_evicted_s,
-        queue_s + work_s + others_queue_s + others_evicted_s + ties_s,
+        queue_s + ready_s + others_queue_s + others_evicted_s + ties_s,
         admission_s,
         decode_s,
         others_decode_s,
         admission_s + decode_s + others_decode_s + ties_s[first_decode:],
-        crowd_s(fleet, queue_s, work_s),
+        crowd_s(fleet, queue_s, ready_s),
         (fleet.running + LIKELY_TO_COME) * prefill_s[first_decode:],
         lacking_blocks * (fleet.block_tokens[first_decode:] * fleet.token_bytes),
     )
@@ -172,45 +193,18 @@ def price(fleet: Fleet, request: PlacementRequest, lengths: Prefixes, ties_s: Fl
 # ---- computing the prompt
 
 
-def reuse(fleet: Fleet, tokens: int, lengths: Prefixes) -> tuple[Floats, Floats]:
-    """Tokens that each worker need not compute, and how long it takes to get them from its lower tiers. The last
-    token is always computed: its logits are needed."""
-    hbm_blocks = np.array([*(float(length.hbm) for length in lengths.lengths), 0.0])[lengths.numbers]  # -1 is none
-    cached_tokens = np.minimum(hbm_blocks, (tokens - 1) // fleet.block_tokens) * fleet.block_tokens
-    restore_s = np.zeros(len(fleet.workers))
-    if lengths.has_lower_tiers:
-        for column, length in lengths.items():
-            cached_tokens[column], restore_s[column] = cheapest_restore(fleet.workers[column], tokens, length)
-    return cached_tokens, restore_s
-
-
-def cheapest_restore(worker: WorkerInfo, tokens: int, length: PrefixLength) -> tuple[int, float]:
-    """Down to which tier it is quicker to restore than to compute: the tokens that come so, and the time it takes."""
-    blocks, restore_s = length.hbm, 0.0
-    options = [(blocks, restore_s)]
-    below: tuple[tuple[Tier, int], ...] = (("ddr", length.ddr), ("ssd", length.ssd))
-    for tier, count in below:
-        cost = worker.latency.restore.get(tier)
-        if count and cost is None:
-            break
-        if count and cost is not None:
-            blocks, restore_s = blocks + count, restore_s + cost.time_s(count * worker.kv_block_bytes)
-            options.append((blocks, restore_s))
-    reusable_blocks = (tokens - 1) // worker.block_tokens
-    options = [(min(blocks, reusable_blocks) * worker.block_tokens, restore_s) for blocks, restore_s in options]
-
-    def time_s(option: tuple[int, float]) -> float:
-        cached, restore_s = option
-        return restore_s + worker.latency.prefill.prompt_time_s(tokens - cached, cached, worker.chunk_tokens)
-
-    return min(options, key=time_s)
-
-
-def prefill_time_s(fleet: Fleet, tokens: int, cached_tokens: Floats, new_tokens: Floats) -> Floats:
-    """PrefillCost.prompt_time_s for every worker: the new tokens attend to `cached + new / 2` others on average,
-    which is half of `cached + tokens`."""
-    token_s = fleet.token_s + fleet.half_context_s * (cached_tokens + tokens)
-    return token_s * new_tokens + fleet.chunk_s * np.ceil(new_tokens / fleet.chunk_tokens)
+def with_fetches(fetches: Sequence[Fetches], reused: Reuse, prefill_s: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Tokens that need not be computed, how long they take to come from the worker's own tiers, and from other workers
+    too, and how long the rest takes to compute."""
+    cached_tokens, own_restore_s, restore_s = reused.tokens, reused.restore_s, reused.restore_s
+    for each in fetches:
+        takes = each.is_quicker
+        cached_tokens = np.where(takes, each.offer.tokens, cached_tokens)
+        restore_s = np.where(takes, reused.restore_all_s + each.fetch_s, restore_s)
+        prefill_s = np.where(takes, each.prefill_s, prefill_s)
+        if reused.restore_all_s is not reused.restore_s:
+            own_restore_s = np.where(takes, reused.restore_all_s, own_restore_s)
+    return cached_tokens, own_restore_s, restore_s, prefill_s
 
 
 def delay_to_others_s(fleet: Fleet, work_s: Floats, queue_s: Floats, now_s: float) -> Floats:
@@ -258,12 +252,12 @@ def shared_steps(fleet: Fleet, expected_tokens: float) -> Floats:
     return steps
 
 
-def crowd_s(fleet: Fleet, queue_s: Floats, work_s: Floats) -> Floats:
+def crowd_s(fleet: Fleet, queue_s: Floats, ready_s: Floats) -> Floats:
     """What is left of the prompts that a decode worker computes itself when a request's first token can come from the
     quickest prefill worker."""
     if not fleet.prefill_count:
         return queue_s
-    soonest_s = (queue_s[: fleet.prefill_count] + work_s[: fleet.prefill_count]).min()
+    soonest_s = (queue_s[: fleet.prefill_count] + ready_s[: fleet.prefill_count]).min()
     left_s: Floats = np.maximum(queue_s[fleet.prefill_count :] - soonest_s, 0.0)
     return left_s
 

@@ -1,7 +1,7 @@
 """Workers with known coefficients, noisy clocks and bad days: what the fit makes of them."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from math import exp
 from random import Random
 from statistics import mean
@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from baton.latency import DEFAULT_LATENCY, DecodeCost, PrefillCost, StepWork, TransferCost, WorkerLatency
+from baton.latency import DEFAULT_LATENCY, DecodeCost, PrefillCost, StepWork, Tier, TransferCost, WorkerLatency
 from baton.latency_fit import LatencyFit, LinearFit
 
 SEEDS = range(6)
@@ -343,6 +343,53 @@ def test_after_a_real_transfer_tests_are_observations_among_others() -> None:
     before = fit.latency.transfer.time_s(10**7)
     fit.observe_link_test(10**7, LINKS[1].time_s(10**7))
     assert fit.latency.transfer.time_s(10**7) == pytest.approx(before, rel=0.2)
+
+
+# ---- restores
+
+
+def test_only_tiers_that_were_measured_are_known() -> None:
+    fit = LatencyFit()
+    assert fit.latency.restore == {}
+    fit.observe_restore("ddr", 10**7, 0.0)
+    fit.observe_restore("ddr", 0, 1.0)
+    assert fit.latency.restore == {}
+    fit.observe_restore("ssd", 10**7, 0.01)
+    assert fit.latency.restore.keys() == {"ssd"}
+    assert fit.latency.restore["ssd"].time_s(10**7) == pytest.approx(0.01)
+    assert LatencyFit(fit.latency).latency.restore.keys() == {"ssd"}, "what it starts with"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("tested", [False, True])
+def test_each_tier_is_learned_by_itself(tested: bool, seed: int) -> None:
+    random, fit = Random(seed), LatencyFit()
+    costs: dict[Tier, TransferCost] = {"ddr": TransferCost(1e-4, 1.2e10), "ssd": TransferCost(8e-4, 3e9)}
+    for tier, cost in costs.items():
+        for size_bytes in (2**18, 2**23) if tested else ():
+            fit.observe_restore_test(tier, size_bytes, cost.time_s(size_bytes))
+    for tier, known in fit.latency.restore.items():
+        assert astuple(known) == pytest.approx(astuple(costs[tier]))
+    for _ in range(200):
+        for tier, cost in costs.items():
+            size_bytes = round(10 ** random.uniform(5, 9))
+            fit.observe_restore(tier, size_bytes, cost.time_s(size_bytes) * exp(random.gauss(0, NOISE)))
+    for tier, cost in costs.items():
+        for size_bytes in (10**6, 10**7, 10**8):
+            assert fit.latency.restore[tier].time_s(size_bytes) == pytest.approx(cost.time_s(size_bytes), rel=0.1)
+    assert fit.latency.transfer == LatencyFit().latency.transfer
+
+
+def test_a_disk_that_becomes_slow_is_noticed() -> None:
+    fit = LatencyFit()
+    for _ in range(50):
+        fit.observe_restore("ssd", 2**24, 0.01)
+    for _ in range(20):
+        fit.observe_restore("ssd", 2**24, 0.1)
+    assert fit.latency.restore["ssd"].time_s(2**24) == pytest.approx(0.1, rel=0.2)
+
+
+# ---- what tests say
 
 
 def test_a_test_that_says_nothing_changes_nothing() -> None:

@@ -13,11 +13,13 @@ import redis as redis_package
 import typer
 
 from baton.rpc import common_pb2, worker_pb2, worker_pb2_grpc
+from bench.decode_calls import RequestFailed
 from bench.handoff import disagreeing, parse_lengths, parts_table, ttft_table
-from bench.handoff_cluster import Cluster, redis, secret_file
-from bench.handoff_driver import RequestFailed, driving, measure
+from bench.handoff_cluster import Cluster
+from bench.handoff_driver import driving, measure
 from bench.handoff_figures import Row, Sample, Way
 from bench.netns import NoNamespaces, slow_link
+from bench.worker_processes import redis, secret_file
 
 
 def sample(way: Way, ttft_s: float, token_id: int = 7, **parts: float) -> Sample:

@@ -19,6 +19,7 @@ from engine.core import LocalEngine
 from engine.digests import Digester, RegionDigester
 from engine.interface import LayerListener, ModelInfo
 from engine.scheduler import Limits
+from kvcache.tiers.interface import LowerTiers
 
 VOCABULARY_SIZE = 50
 EOS_TOKEN_ID = 0
@@ -59,6 +60,9 @@ def toy_reference(prompt: Sequence[int], sampling: SamplingParams, context_lengt
 class ToyLogits:
     contexts: tuple[tuple[Entry, ...], ...]
     prompt_logprobs: tuple[tuple[PositionLogprobs, ...], ...]
+
+    def only(self, rows: Sequence[int], sampled: Sequence[int]) -> "ToyLogits":
+        return ToyLogits(tuple(self.contexts[i] for i in sampled), tuple(self.prompt_logprobs[i] for i in rows))
 
 
 class ToyRegion:
@@ -155,6 +159,7 @@ class ToyEngine(EngineDriver):
     makes_digests: bool = True
     digester: Digester | None = None
     """Instead of the region's own."""
+    tiers: Callable[["ToyRegion"], LowerTiers] | None = None
 
     def __post_init__(self) -> None:
         layout = KVLayout(2, self.blocks + PROBE_BLOCKS, self.block_tokens, 1, 1, "float32")
@@ -179,6 +184,7 @@ class ToyEngine(EngineDriver):
             seeds=lambda: 7,
             clock=self.clock,
             digester=(self.digester or RegionDigester(self.region)) if self.makes_digests else None,  # type: ignore[arg-type]
+            tiers=self.tiers(self.region) if self.tiers else None,
         )
         EngineDriver.__init__(self, engine)
 

@@ -18,6 +18,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.blocks: dict[BlockId, BlockHash] = {}
+        self.unflushed: list[BlockId] = []
 
     def stored(self, block: BlockId, name: BlockHash) -> None:
         assert block not in self.blocks
@@ -25,6 +26,11 @@ class Recorder:
 
     def removed(self, block: BlockId, name: BlockHash) -> None:
         assert self.blocks.pop(block) == name
+        self.unflushed.append(block)
+
+    def flush(self) -> None:
+        assert self.unflushed, "nothing was removed since"
+        self.unflushed.clear()
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -100,6 +106,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.cached == len(self.idle)
         assert self.pool.free == self.pool.total - self.pool.used - self.pool.cached
         assert self.heard.blocks == {block: n for n, block in self.published.items()}
+        assert not self.heard.unflushed
+        upcoming = self.pool.upcoming(12)
+        assert sorted(block for block, _ in upcoming) == sorted(self.idle)
+        assert all(self.published[name] == block for block, name in upcoming)
 
 
 TestPool = PoolMachine.TestCase
@@ -185,6 +195,34 @@ def test_a_second_copy_is_not_found_but_kept_apart() -> None:
     pool.release(second)
     assert (pool.free, pool.cached) == (1, 0)
     assert pool.match([name(0)]).blocks == tuple(first)
+
+
+def test_what_is_upcoming_is_what_is_evicted_next() -> None:
+    pool = BlockPool(8)
+    blocks = pool.allocate(8)
+    for number, block in enumerate(blocks):
+        pool.publish(block, name(number))
+    pool.release(blocks)
+    pool.allocate(1)
+    pool.hold(blocks[5:6])
+    pool.release(blocks[5:6])
+    upcoming = pool.upcoming(3)
+    assert upcoming == [(blocks[6], name(6)), (blocks[4], name(4)), (blocks[3], name(3))]
+    assert pool.upcoming(8)[-1] == (blocks[5], name(5)), "it has been used since"
+    given = [pool.allocate(1)[0] for _ in upcoming]
+    assert given == [block for block, _ in upcoming]
+
+
+def test_what_was_held_for_no_use_has_no_second_chance() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(4)
+    for number, block in enumerate(blocks):
+        pool.publish(block, name(number))
+    pool.release(blocks)
+    pool.allocate(1)
+    pool.hold(blocks[2:3])
+    pool.release(blocks[2:3], is_used=False)
+    assert pool.allocate(1) == [blocks[2]]
 
 
 def test_bugs_of_the_caller_are_caught() -> None:

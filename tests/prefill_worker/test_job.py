@@ -13,6 +13,7 @@ from baton.layout import KVLayout
 from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.convert import layout_to_proto
 from engine.interface import Admitted, BlocksDigested, BlocksWritten, Failed, Generated
+from engine.prefetch import Prefetched
 from prefill_worker import job as job_module
 from prefill_worker.job import PrefillJob, Sending
 
@@ -64,8 +65,9 @@ class Rig:
         )
         self.job = PrefillJob(ID, ticket, self.connection, sending, self.clock)
 
-    def admit(self, cached_tokens: int = 0, digests: tuple[int, ...] = ()) -> None:
-        self.job.admitted(Admitted(ID, tuple(map(BlockId, (10, 11, 12, 13))), cached_tokens, digests))
+    def admit(self, cached_tokens: int = 0, digests: tuple[int, ...] = (), restoring_tokens: int = 0) -> None:
+        blocks = tuple(map(BlockId, (10, 11, 12, 13)))
+        self.job.admitted(Admitted(ID, blocks, cached_tokens, digests, restoring_tokens))
 
     def generate(self) -> None:
         self.job.generated(Generated(ID, (42,)))
@@ -114,6 +116,41 @@ def test_sends_each_layer_of_each_chunk_once_and_only_what_is_missing_and_tells_
         rig.generate()
         await sending
         assert rig.told == [(0, [101]), (1, [102, 103])]
+
+    run(test)
+
+
+def test_blocks_that_are_still_being_restored_are_sent_as_they_come() -> None:
+    async def test() -> None:
+        rig = Rig()
+        job, connection = rig.job, rig.connection
+        rig.admit(cached_tokens=16, digests=(100, 101), restoring_tokens=8)
+        sending = rig.send()
+        await let_it_work()
+        assert connection.writes == [(0, [11], [71]), (1, [11], [71])], "the others are not here yet"
+        for layer in (0, 1):
+            job.written(layer, BlocksWritten(ID, 2, 4))
+        await let_it_work()
+        assert connection.writes[2:] == [(0, [12, 13], [72, 73]), (1, [12, 13], [72, 73])]
+        assert rig.told == [(0, [101])], "they are not verified yet"
+        job.digested(BlocksDigested(ID, 2, (102, 103)))
+        job.generated(Generated(ID, (42,), restored_tokens=8, restore_s=0.25))
+        await sending
+        assert rig.told == [(0, [101]), (1, [102, 103])]
+        assert (await job.started()).cached_tokens == 16
+        assert (job.commit().restored_tokens, job.commit().restore_s) == (8, 0.25)
+
+    run(test)
+
+
+def test_what_was_fetched_before_is_told_apart_from_the_queue() -> None:
+    async def test() -> None:
+        rig = Rig()
+        rig.clock.advance(3.0)
+        rig.job.prefetched(Prefetched(tokens=8, seconds=2.0))
+        rig.admit(cached_tokens=8, digests=(100, 101))
+        started = await rig.job.started()
+        assert (started.fetched_tokens, started.fetch_s, started.queue_s) == (8, 2.0, 1.0)
 
     run(test)
 

@@ -9,7 +9,7 @@ import grpc.aio
 import pytest
 
 from baton.clock import ManualClock
-from baton.errors import TransferError, Unauthorized
+from baton.errors import Overloaded, TransferError, Unauthorized
 from baton.ids import BlockId, RequestId
 from baton.layout import KVLayout
 from baton.rpc import transfer_pb2, worker_pb2, worker_pb2_grpc
@@ -50,6 +50,10 @@ class OneJob:
     def __init__(self) -> None:
         self.connection = Connection()
         self.refusal: Unauthorized | None = None
+        self.refusal_later: Overloaded | None = None
+        self.beginning = asyncio.Event()
+        self.may_begin = asyncio.Event()
+        self.may_begin.set()
         self.closed = asyncio.Event()
         self.closings = 0
         self.deadline_s = 10.0
@@ -58,8 +62,15 @@ class OneJob:
         if self.refusal:
             raise self.refusal
         self.job = PrefillJob(ID, ticket, self.connection, Sending(2**20), ManualClock())
-        self.job.admitted(Admitted(ID, (BlockId(1), BlockId(2)), 8, (100, 200)))
         return self.job
+
+    async def begin_job(self, job: PrefillJob, ticket: worker_pb2.Ticket) -> None:
+        assert job is self.job and ticket == TICKET
+        self.beginning.set()
+        await self.may_begin.wait()
+        if self.refusal_later:
+            raise self.refusal_later
+        job.admitted(Admitted(ID, (BlockId(1), BlockId(2)), 8, (100, 200)))
 
     def generate(self) -> None:
         self.job.generated(Generated(ID, (7,)))
@@ -170,6 +181,37 @@ def test_a_decode_worker_that_hangs_up_or_dies(committed: bool) -> None:
             await messages(call, 1)
         call.cancel()
         await jobs.closed.wait()
+
+    run(test)
+
+
+@pytest.mark.parametrize("end", ["taken back", "hung up", "deadline"])
+def test_a_ticket_that_ends_while_its_prefix_is_fetched(end: str) -> None:
+    async def test(jobs: OneJob, call: Call) -> None:
+        jobs.may_begin.clear()
+        if end == "deadline":
+            jobs.deadline_s = 0.05
+        await call.write(HELLO)
+        await jobs.beginning.wait()
+        match end:
+            case "taken back":
+                await call.write(worker_pb2.PrefillRequest(cancel=worker_pb2.PrefillCancel()))
+                assert await messages(call, 1) == ["released"]
+            case "hung up":
+                call.cancel()
+            case _:
+                await fails(call, grpc.StatusCode.DEADLINE_EXCEEDED, "0.05 s")
+        await jobs.closed.wait()
+
+    run(test)
+
+
+def test_an_engine_that_takes_no_more() -> None:
+    async def test(jobs: OneJob, call: Call) -> None:
+        jobs.refusal_later = Overloaded("The queue is full.")
+        await call.write(HELLO)
+        await fails(call, grpc.StatusCode.RESOURCE_EXHAUSTED, "The queue is full.")
+        assert jobs.closed.is_set()
 
     run(test)
 

@@ -82,6 +82,11 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.Wor
         """Requests whose script came to its end, whether or not with a finish reason."""
         self.epoch = "1"
         self.streams = 0
+        self.cache_status: worker_pb2.CacheStatus | None = worker_pb2.CacheStatus(worker_id=name)
+        """None: it does not answer that, as older workers do not."""
+        self.top_prefixes_asked: list[int] = []
+        self.cleared: list[str] = []
+        """Tenants whose blocks it was told to forget."""
         self._news = asyncio.Condition()
         self._writing = asyncio.Lock()
         self._port = 0
@@ -170,6 +175,22 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.Wor
         return worker_pb2.WorkerStatus(
             worker_id=self.name, role="decode", model=self.model, state=worker_pb2.WORKER_STATE_READY, kv_blocks_used=7
         )
+
+    async def GetCacheStatus(  # noqa: N802
+        self, request: worker_pb2.GetCacheStatusRequest, context: Any
+    ) -> worker_pb2.CacheStatus:
+        self.top_prefixes_asked.append(request.top_prefixes)
+        if self.cache_status is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        return self.cache_status
+
+    async def ClearCache(  # noqa: N802
+        self, request: worker_pb2.ClearCacheRequest, context: object
+    ) -> worker_pb2.ClearCacheResponse:
+        """Of every tenant there are 10 blocks."""
+        del context
+        self.cleared.append(request.tenant)
+        return worker_pb2.ClearCacheResponse(blocks=10, bytes=10 * 2**20)
 
     async def GetCacheSnapshot(  # noqa: N802
         self, request: object, context: object

@@ -92,7 +92,7 @@ def test_what_it_says_about_a_decision() -> None:
         names = [(one.prefill and one.prefill.worker_id, one.decode.worker_id) for one in candidates]
         assert len(set(names)) == CANDIDATES_MAX
         assert decision.margin_s == pytest.approx(costs[1] - costs[0])
-        fallbacks = [worker.worker_id for worker in decision.prefill_fallbacks]
+        fallbacks = [fallback.worker.worker_id for fallback in decision.prefill_fallbacks]
         assert len(fallbacks) == 2
         assert pair_of(decision)[0] not in fallbacks
 

@@ -1,0 +1,167 @@
+"""Asks the same prompts when their KV lies in one tier after the other."""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from itertools import count
+
+import grpc.aio
+
+from baton.layout import DTYPE_BYTES
+from baton.rpc import common_pb2, events_pb2, worker_pb2, worker_pb2_grpc
+from baton.service import CHANNEL_OPTIONS
+from bench.decode_calls import RequestFailed, ServeCall, first_output, serving
+from bench.load import FIRST_TOKEN_ID
+from bench.models import Shape
+from bench.tiers.figures import Rate, Sample, Source
+from bench.tiers.workers import Workers
+
+BLOCK_TOKENS = 32
+FILLER_TOKENS = 8192
+FILLERS = 3
+"""Prompts whose only use is to push others out; they soon come from lower tiers themselves, which is quick."""
+EVICTIONS_MAX = 4
+"""Rounds of fillers until a prompt has left the tiers above the one wanted."""
+SETTLED_POLL_S = 0.1
+SETTLED_POLLS_MAX = 100
+TIERS: Mapping[Source, "events_pb2.Tier"] = {"ddr": events_pb2.TIER_DDR, "ssd": events_pb2.TIER_SSD}
+
+
+class Driver:
+    def __init__(
+        self,
+        workers: Workers,
+        calls: Mapping[str, ServeCall],
+        stubs: Mapping[str, worker_pb2_grpc.WorkerStub],
+        vocabulary: int,
+        seed: int,
+    ) -> None:
+        self._workers, self._calls, self._stubs, self._vocabulary = workers, calls, stubs, vocabulary
+        self._random, self._numbers = random.Random(seed), count()
+        self._fillers = [self._prompt(FILLER_TOKENS) for _ in range(FILLERS)]
+
+    async def turn(self, tokens: int, turn: int) -> list[Sample]:
+        """One prompt, from every source; new to all caches at first."""
+        prompt, salt = self._prompt(tokens), f"turn-{next(self._numbers)}"
+        cold, cold_s = await self._ask("ddr", prompt, salt)
+        samples = [_sample("cold", prompt, turn, cold, cold_s, cold_s)]
+        hbm, hbm_s = await self._ask("ddr", prompt, salt)
+        samples.append(_sample("hbm", prompt, turn, hbm, hbm_s, cold_s))
+        samples.append(await self._from_tier("ddr", prompt, salt, turn, cold_s))
+        samples.append(await self._from_peer(prompt, salt, turn, cold_s))
+        _, ssd_cold_s = await self._ask("ssd", prompt, salt)
+        samples.append(await self._from_tier("ssd", prompt, salt, turn, ssd_cold_s))
+        return samples
+
+    async def warm_up(self) -> None:
+        """Computes the fillers, and makes the link to the peer."""
+        for worker in ("ddr", "ssd"):
+            await self._evict(worker)
+        await self._from_peer(self._fillers[0][:512], "filler-0", 0, 1.0)
+
+    async def _from_tier(self, source: Source, prompt: Sequence[int], salt: str, turn: int, cold_s: float) -> Sample:
+        for _ in range(EVICTIONS_MAX):
+            await self._evict(source)
+            before = await self._hit_tokens(source)
+            output, ttft_s = await self._ask(source, prompt, salt)
+            found = await self._hit_tokens(source) - before
+            if found >= len(prompt) - 2 * BLOCK_TOKENS:
+                return _sample(source, prompt, turn, output, ttft_s, cold_s)
+        raise RequestFailed(f"{len(prompt)} tokens never lay in {source} alone: {found} did")
+
+    async def _from_peer(self, prompt: Sequence[int], salt: str, turn: int, cold_s: float) -> Sample:
+        """The peer's blocks lie in its DDR."""
+        await self._evict("ddr")
+        blocks = (len(prompt) - 1) // BLOCK_TOKENS
+        plan = common_pb2.FetchPlan(
+            worker_id="peer",
+            address=self._workers.addresses["ddr"],
+            blocks=blocks,
+            block_tokens=BLOCK_TOKENS,
+            compute_s=cold_s,
+        )
+        output, ttft_s = await self._ask("peer", prompt, salt, plan)
+        if output.timeline.fetched_tokens < blocks * BLOCK_TOKENS:
+            raise RequestFailed(f"only {output.timeline.fetched_tokens} of {len(prompt)} tokens came from the peer")
+        return _sample("peer", prompt, turn, output, ttft_s, cold_s)
+
+    async def _evict(self, worker: str) -> None:
+        for number, filler in enumerate(self._fillers):
+            await self._ask(worker, filler, f"filler-{number}")
+        await self._settled(worker)
+
+    async def _settled(self, worker: str) -> None:
+        """Returns when no block moves on by itself any more."""
+        before, now = None, await self._status(worker)
+        for _ in range(SETTLED_POLLS_MAX):
+            if before is not None and before.tiers == now.tiers:
+                return
+            await asyncio.sleep(SETTLED_POLL_S)
+            before, now = now, await self._status(worker)
+        raise RequestFailed(f"the tiers of worker {worker} do not come to rest")
+
+    async def _status(self, worker: str) -> worker_pb2.CacheStatus:
+        status: worker_pb2.CacheStatus = await self._stubs[worker].GetCacheStatus(worker_pb2.GetCacheStatusRequest())
+        return status
+
+    async def _hit_tokens(self, source: Source) -> int:
+        status = await self._status(source)
+        return sum(tier.hit_tokens for tier in status.tiers if tier.tier == TIERS[source])
+
+    async def _ask(
+        self, worker: str, prompt: Sequence[int], salt: str, plan: "common_pb2.FetchPlan | None" = None
+    ) -> tuple[worker_pb2.TokenOutput, float]:
+        submit = worker_pb2.Submit(
+            request_id=f"bench-{next(self._numbers)}",
+            prompt=prompt,
+            sampling=common_pb2.SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, seed=1),
+            cache_salt=salt,
+            fetch=plan,
+        )
+        output, ttft_s = await first_output(self._calls[worker], submit)
+        if output.error:
+            raise RequestFailed(f"worker {worker}, {len(prompt)} tokens: {output.error}")
+        return output, ttft_s
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return self._random.choices(range(FIRST_TOKEN_ID, self._vocabulary), k=tokens)
+
+
+def _sample(
+    source: Source, prompt: Sequence[int], turn: int, output: worker_pb2.TokenOutput, ttft_s: float, cold_s: float
+) -> Sample:
+    timeline = output.timeline
+    moved_s = timeline.restore_s + timeline.fetch_s
+    return Sample(source, len(prompt), turn, output.token_ids[0], ttft_s, cold_s, output.cached_tokens, moved_s)
+
+
+async def measure(
+    workers: Workers, shape: Shape, lengths: Sequence[int], turns: int, seed: int, advance: Callable[[], None]
+) -> list[Sample]:
+    """Lengths take turns; one turn of the shortest, in which code is warmed up, does not count."""
+    async with AsyncExitStack() as stack:
+        calls = await stack.enter_async_context(serving(workers.addresses))
+        stubs = {}
+        for name, address in workers.addresses.items():
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, CHANNEL_OPTIONS))
+            stubs[name] = worker_pb2_grpc.WorkerStub(channel)
+        driver = Driver(workers, calls, stubs, shape.vocabulary, seed)
+        await driver.warm_up()
+        await driver.turn(min(lengths), 0)
+        samples = list[Sample]()
+        for turn in range(turns):
+            for tokens in lengths:
+                samples += await driver.turn(tokens, turn)
+                advance()
+        return samples
+
+
+def peer_rate(samples: Sequence[Sample], shape: Shape) -> Rate:
+    """Of the longest prompts: bytes that came over the seconds that the request waited for them."""
+    head_dim = shape.hidden // shape.heads
+    token_bytes = 2 * shape.layers * shape.kv_heads * head_dim * DTYPE_BYTES[shape.dtype]
+    longest = max(sample.tokens for sample in samples)
+    own = [sample for sample in samples if sample.source == "peer" and sample.tokens == longest]
+    best = min(own, key=lambda sample: sample.moved_s)
+    return Rate("peer", best.reused_tokens * token_bytes / best.moved_s / 1e9)

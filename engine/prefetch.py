@@ -1,0 +1,244 @@
+"""Fetches the beginning of a prompt from the worker that the router's plan names, before the rest is computed.
+
+The request waits for it no longer than computing the same tokens would take, by the plan and by what this worker knows
+of itself: a little before that the fetch is taken back, so that what came by then counts. Whatever is not over by then
+goes on without the request, which computes what it lacks; the blocks come back to the pool when nobody writes into them
+any more.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from baton.clock import Clock, monotonic
+from baton.errors import BatonError
+from baton.ids import BlockHash, BlockId, RequestId, WorkerId
+from baton.rpc import common_pb2
+from engine.acquire import acquire
+from engine.interface import Engine, Reserved, Retention
+from engine.prefetch_metrics import PrefetchMetrics
+from engine.thread import EngineThread
+from kvtransfer.fetch.client import Fetched
+
+log = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=Engine)
+FETCH_SHARE = 0.9
+"""Of the time there is, after which a fetch is taken back: the answer comes in the rest."""
+PREFETCHES_MAX = 64
+"""At one time, with those that no request waits for any more; past it prompts are computed."""
+PIN_S = 10.0
+"""How long the peer is asked to keep what it is about to be asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetched:
+    tokens: int = 0
+    """Of the prompt, that lie in HBM now and were fetched."""
+    seconds: float = 0.0
+    """That the request has waited for them."""
+
+
+class BlockFetcher(Protocol):
+    """kvtransfer.fetch.client.Fetcher, as it is used here."""
+
+    async def fetch(
+        self,
+        address: str,
+        request_id: RequestId,
+        names: Sequence[BlockHash],
+        blocks: Sequence[BlockId],
+        deadline_s: float,
+        cancelled: asyncio.Event,
+    ) -> Fetched: ...
+
+
+Pin = Callable[[Sequence[BlockHash], WorkerId, float], Awaitable[object]]
+"""Asks a worker to keep blocks for so many seconds."""
+
+
+class Speed(Protocol):
+    """Of this worker."""
+
+    def compute_s(self, new: int, cached: int) -> float:
+        """For so many new tokens of a prompt behind the cached ones."""
+
+
+class Prefetcher(Generic[E]):
+    """One worker's, on its loop."""
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        engine: EngineThread[E],
+        fetcher: BlockFetcher,
+        speed: Speed,
+        metrics: PrefetchMetrics,
+        on_transferred: Callable[[int, float], None],
+        pin: Pin | None = None,
+        is_on: bool = True,
+        clock: Clock = monotonic,
+    ) -> None:
+        """`on_transferred` is told the bytes and seconds of what came."""
+        self._worker_id, self._engine, self._fetcher, self._speed = worker_id, engine, fetcher, speed
+        self._metrics, self._on_transferred, self._pin = metrics, on_transferred, pin
+        self._is_on, self._clock = is_on, clock
+        self._under_way: set[asyncio.Task[int]] = set()
+        self._behind: set[asyncio.Task[None]] = set()
+        """What nobody waits for: pins, and blocks that are not settled."""
+
+    @property
+    def fetched_tokens(self) -> int:
+        """Since the start."""
+        return self._metrics.tokens
+
+    async def prefetch(
+        self,
+        request_id: RequestId,
+        plan: common_pb2.FetchPlan,
+        prompt: Sequence[int],
+        cache_salt: str,
+        retention: Retention,
+        cancelled: asyncio.Event,
+    ) -> Prefetched:
+        """Raises nothing of what may happen to a fetch. Ends at once when `cancelled` is set, or its task is."""
+        if reason := self._reason_against(plan):
+            log.debug("request %s: nothing is fetched: %s", request_id, reason)
+            return NOTHING
+        try:
+            reserved = await acquire(
+                self._engine, lambda engine: engine.reserve(prompt, cache_salt, plan.blocks), _give_back
+            )
+        except BatonError as error:
+            log.debug("request %s: nothing is fetched: %s", request_id, error)
+            return NOTHING
+        if not reserved.names or cancelled.is_set():
+            self._adopt(reserved, (), retention)
+            return NOTHING
+        return await self._fetch_in_time(request_id, plan, reserved, retention, cancelled)
+
+    async def close(self) -> None:
+        """Waits for nothing any more: the region goes with the worker. Idempotent."""
+        tasks = {*self._under_way, *self._behind}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _reason_against(self, plan: common_pb2.FetchPlan) -> str:
+        block_tokens = self._engine.model.layout.block_tokens
+        if not self._is_on:
+            return "this worker's settings say so"
+        if not (plan.address and plan.blocks and plan.compute_s > 0):
+            return "the plan is empty"
+        if plan.worker_id == self._worker_id:
+            return "the plan names this worker itself"
+        if plan.block_tokens != block_tokens:
+            return f"the other's blocks are of {plan.block_tokens} tokens, this worker's of {block_tokens}"
+        if len(self._under_way) >= PREFETCHES_MAX:
+            return f"{PREFETCHES_MAX} fetches are under way"
+        return ""
+
+    # ---- one fetch
+
+    async def _fetch_in_time(
+        self,
+        request_id: RequestId,
+        plan: common_pb2.FetchPlan,
+        reserved: Reserved,
+        retention: Retention,
+        cancelled: asyncio.Event,
+    ) -> Prefetched:
+        began_s, within_s = self._clock(), self._within_s(plan, reserved)
+        if within_s <= plan.fetch_s:
+            self._adopt(reserved, (), retention)
+            return NOTHING
+        taken_back, is_awaited = asyncio.Event(), False
+        deadline_s = FETCH_SHARE * within_s
+        work = asyncio.create_task(self._fetch(request_id, plan, reserved, retention, deadline_s, taken_back))
+        self._under_way.add(work)
+        work.add_done_callback(self._under_way.discard)
+        waiting = asyncio.ensure_future(cancelled.wait())
+        try:
+            await asyncio.wait({work, waiting}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+            is_awaited = not cancelled.is_set()
+        finally:
+            waiting.cancel()
+            if not is_awaited:
+                taken_back.set()
+        tokens = work.result() if work.done() and not work.cancelled() else 0
+        return Prefetched(tokens, self._clock() - began_s)
+
+    def _within_s(self, plan: common_pb2.FetchPlan, reserved: Reserved) -> float:
+        block_tokens = self._engine.model.layout.block_tokens
+        new, cached = len(reserved.names) * block_tokens, len(reserved.held) * block_tokens
+        return min(plan.compute_s, self._speed.compute_s(new, cached))
+
+    async def _fetch(
+        self,
+        request_id: RequestId,
+        plan: common_pb2.FetchPlan,
+        reserved: Reserved,
+        retention: Retention,
+        deadline_s: float,
+        taken_back: asyncio.Event,
+    ) -> int:
+        """The tokens that came. Sees to the reserved blocks, whoever waits for it."""
+        began_s = self._clock()
+        if self._pin is not None:
+            self._leave(self._pin_there(self._pin, reserved.names, WorkerId(plan.worker_id)))
+        fetched = await self._fetcher.fetch(
+            plan.address, request_id, reserved.names, reserved.blocks, deadline_s, taken_back
+        )
+        self._take_in(fetched, reserved, retention)
+        tokens = fetched.blocks * self._engine.model.layout.block_tokens
+        self._metrics.ended(fetched, len(reserved.names), tokens, self._clock() - began_s)
+        if fetched.error is not None:
+            log.info("request %s: %d blocks fetched: %s", request_id, fetched.blocks, fetched.error)
+        return tokens
+
+    def _take_in(self, fetched: Fetched, reserved: Reserved, retention: Retention) -> None:
+        if fetched.settling is not None:
+            self._leave(self._adopt_when_settled(fetched.settling, reserved, retention))
+            return
+        self._on_transferred(fetched.transfer_bytes, fetched.transfer_s)
+        self._adopt(reserved, fetched.digests, retention)
+
+    def _adopt(self, reserved: Reserved, digests: Sequence[int], retention: Retention) -> None:
+        """Before anything that is asked of the engine afterwards."""
+        self._engine.post(lambda engine: engine.adopt(reserved, digests, retention))
+
+    # ---- what goes on behind
+
+    def _leave(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+
+    async def _pin_there(self, pin: Pin, names: Sequence[BlockHash], holder: WorkerId) -> None:
+        """The peer's blocks may go before it is asked for them; without the pin that is merely more likely."""
+        try:
+            await pin(names, holder, PIN_S)
+        except Exception as error:  # Redis may fail in any way
+            log.debug("%d blocks of %s were not pinned (%s)", len(names), holder, type(error).__name__)
+
+    async def _adopt_when_settled(
+        self, settling: "asyncio.Task[None]", reserved: Reserved, retention: Retention
+    ) -> None:
+        """The blocks stay out of the pool until nobody writes into them; for good, if that cannot be known."""
+        log.warning("%d KV blocks stay out of the pool until their writer is gone", len(reserved.blocks))
+        await asyncio.wait({settling})
+        if settling.cancelled():  # the worker stops
+            return
+        if error := settling.exception():
+            log.error("%d KV blocks stay out of the pool", len(reserved.blocks), exc_info=error)
+            return
+        self._adopt(reserved, (), retention)
+
+
+NOTHING = Prefetched()
+
+
+def _give_back(engine: Engine, reserved: Reserved) -> None:
+    engine.adopt(reserved, (), Retention())

@@ -1,0 +1,205 @@
+"""DDR to SSD, and out: who makes room when a tier is full."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from baton.ids import BlockHash
+from kvcache.tiers.index import Mark
+from kvcache.tiers.interface import LowerTier, Slot
+from kvcache.tiers.shelves import Shelves
+from kvcache.tiers.store_io import Job, StoreIo
+from kvcache.tiers.worth import Worth
+
+LOW_DIVISOR: Final = 32
+"""When fewer than one in so many of DDR's slots are free, room is made..."""
+HIGH_DIVISOR: Final = 16
+"""...until one in so many is."""
+CHAIN: Final = 8
+"""Blocks of one prompt that go down together, into adjacent slots: one system call brings them back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demotion:
+    """Blocks that lie in DDR until this has ended."""
+
+    job: Job[None]
+    rows: tuple[int, ...]
+    ddr_slots: tuple[Slot, ...]
+    ssd_slots: tuple[Slot, ...]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is to go down in one job."""
+
+    rows: list[int]
+    ssd_slots: list[Slot]
+
+
+class Demotions:
+    def __init__(self, shelves: Shelves, io: StoreIo, worth: Worth) -> None:
+        self._shelves, self._io, self._worth = shelves, io, worth
+        ddr_slots = shelves.slots["ddr"].total
+        self._low, self._high = max(1, ddr_slots // LOW_DIVISOR), max(2, ddr_slots // HIGH_DIVISOR)
+        self.under_way: list[Demotion] = []
+        self._erasing: list[tuple[Job[None], list[Slot]]] = []
+        self.is_scanned = False
+        """Until then nobody knows which slots are free."""
+
+    @property
+    def erasing(self) -> list[Slot]:
+        return [slot for _, slots in self._erasing for slot in slots]
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.under_way or self._erasing or self._shelves.slots["ssd"].to_erase)
+
+    # ---- what has ended
+
+    def take_in(self) -> None:
+        ended = [demotion for demotion in self.under_way if demotion.job.is_done]
+        self.under_way = [demotion for demotion in self.under_way if not demotion.job.is_done]
+        for demotion in ended:
+            error = demotion.job.error
+            self._shelves.slots["ddr"].let_go(demotion.ddr_slots)
+            for row, ddr_slot, ssd_slot in zip(demotion.rows, demotion.ddr_slots, demotion.ssd_slots, strict=True):
+                self._land(row, ddr_slot, ssd_slot, error is None)
+            if error is not None:
+                self._shelves.turn_off_ssd(f"it could not be written ({error.strerror or error}).")
+        for job, slots in [erasure for erasure in self._erasing if erasure[0].is_done]:
+            self._erasing.remove((job, slots))
+            if job.error is None:
+                self._shelves.slots["ssd"].erased(slots)
+            else:
+                self._shelves.turn_off_ssd(f"it could not be erased ({job.error.strerror or job.error}).")
+
+    def _land(self, row: int, ddr_slot: Slot, ssd_slot: Slot, is_written: bool) -> None:
+        """If it still lies in DDR; else it was forgotten meanwhile, and the disk is to forget it too."""
+        index = self._shelves.index
+        is_still_there = (
+            index.is_marked(row, Mark.MOVING) and index.is_in(row, "ddr") and index.place(row, "ddr") == ddr_slot
+        )
+        if is_still_there:
+            index.mark(row, Mark.MOVING, False)
+        if is_still_there and is_written and self._shelves.has_ssd:
+            self._shelves.put(row, "ssd", ssd_slot)
+            self._shelves.drop(row, "ddr")
+        else:
+            self._shelves.slots["ssd"].give_back(ssd_slot, erase=True)
+
+    def erase(self) -> None:
+        """Begins with what is to be erased, once it has been scanned."""
+        slots = self._shelves.slots["ssd"]
+        if slots.to_erase and self._shelves.has_ssd and self.is_scanned:
+            some, slots.to_erase = slots.to_erase, []
+            self._erasing.append((self._io.erase(some), some))
+
+    # ---- making room in DDR
+
+    def make_room(self, now_s: float) -> None:
+        """Sends the least valuable leaves down when DDR runs full, with what they alone hang on."""
+        on_their_way = sum(len(demotion.rows) for demotion in self.under_way)
+        free = self._shelves.slots["ddr"].free + on_their_way
+        if free >= self._low:
+            return
+        short, batch = self._high - free, Batch([], [])
+        for row, value in self._victims(now_s):
+            if short <= 0:
+                break
+            chain = self._shelves.index.chain(row, "ddr", min(CHAIN, short))
+            short -= self._send_down(chain, value, batch, now_s)
+        self._submit(batch)
+
+    def _victims(self, now_s: float) -> Iterator[tuple[int, float]]:
+        """Copies of what HBM is not about to evict come first: they can be made again."""
+        weakest = self._worth.weakest("ddr", now_s)
+        for is_redundant in (True, False):
+            for row, value in weakest:
+                if row in self._shelves.index.leaves["ddr"] and self._is_redundant(row) is is_redundant:
+                    yield row, value
+
+    def _is_redundant(self, row: int) -> bool:
+        index = self._shelves.index
+        return index.is_in(row, "hbm") and not index.is_marked(row, Mark.GOING | Mark.PROMISED)
+
+    def _send_down(self, chain: Sequence[int], value: float, batch: Batch, now_s: float) -> int:
+        """The chain's leaf comes first. How many slots of DDR are free for it, or will be."""
+        index = self._shelves.index
+        lacking = [row for row in chain if not index.is_in(row, "ssd") and not self._is_redundant(row)]
+        for row in chain:
+            if row not in lacking:
+                self._shelves.drop(row, "ddr")
+        written = self._write(lacking, value, batch, now_s)
+        kept = 0
+        for row in lacking[: len(lacking) - written]:
+            if kept or not self._may_be_lost(row):
+                kept += 1
+            else:
+                self._shelves.let_drop(row, "ddr")
+        return len(chain) - kept
+
+    def _may_be_lost(self, row: int) -> bool:
+        """For want of room below: not what was promised, nor what blocks on the SSD hang on."""
+        index = self._shelves.index
+        if self._shelves.has_ssd and not (self.is_scanned and self._has_room()):
+            return False  # room may come
+        is_bare = not index.children[row] or index.is_in(row, "hbm")
+        return is_bare and not index.is_marked(row, Mark.PROMISED)
+
+    def _has_room(self, rows: int = 1) -> bool:
+        return self._io.has_room_for(rows * self._shelves.row_bytes)
+
+    def _write(self, lacking: Sequence[int], value: float, batch: Batch, now_s: float) -> int:
+        """Adds to the batch what the SSD has room for, or less valuable blocks: the chain's head rather than its tail.
+        How many."""
+        if not lacking or not self._shelves.has_ssd or not self.is_scanned:
+            return 0
+        if not self._has_room(len(batch.rows) + len(lacking)):
+            return 0
+        slots = self._ssd_slots(len(lacking), value, now_s)
+        rows = list(reversed(lacking))[: len(slots)]
+        for row in rows:
+            self._shelves.index.mark(row, Mark.MOVING, True)
+        batch.rows += rows
+        batch.ssd_slots += slots
+        return len(rows)
+
+    def _ssd_slots(self, count: int, value: float, now_s: float) -> list[Slot]:
+        """Free ones, or those of blocks that are worth less than `value`."""
+        self._drop("ssd", [value] * (count - self._shelves.slots["ssd"].free), now_s)
+        return self._shelves.slots["ssd"].take(count)
+
+    def _submit(self, batch: Batch) -> None:
+        if not batch.rows:
+            return
+        index = self._shelves.index
+        ddr_slots = [Slot(index.place(row, "ddr")) for row in batch.rows]
+        self._shelves.slots["ddr"].hold(ddr_slots)
+        job = self._io.demote(ddr_slots, batch.ssd_slots, [self._shelves.header(row) for row in batch.rows])
+        self.under_way.append(Demotion(job, tuple(batch.rows), tuple(ddr_slots), tuple(batch.ssd_slots)))
+
+    # ---- dropping
+
+    def drop_for(self, values: Sequence[float], now_s: float) -> None:
+        """Makes room in DDR at once for blocks that are worth so much, the most first, as far as others are worth
+        less. There is no time to write these to the SSD."""
+        self._drop("ddr", values[self._shelves.slots["ddr"].free :], now_s)
+
+    def _drop(self, tier: LowerTier, values: Sequence[float], now_s: float) -> None:
+        """The weakest leaves, a block for each newcomer that is worth more."""
+        if not values:
+            return
+        wanted = iter(values)
+        newcomer = next(wanted, None)
+        leaves = self._shelves.index.leaves[tier]
+        for row, value in self._worth.weakest(tier, now_s):
+            chain = self._shelves.index.chain(row, tier, CHAIN) if row in leaves else []
+            for each in chain:
+                if newcomer is None or value >= newcomer or each not in leaves:
+                    break
+                self._shelves.let_drop(each, tier)
+                newcomer = next(wanted, None)
+
+    def names_under_way(self) -> list[BlockHash]:
+        return [self._shelves.index.table.name(row) for demotion in self.under_way for row in demotion.rows]

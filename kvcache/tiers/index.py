@@ -1,0 +1,278 @@
+"""What a worker knows of its blocks: where each lies, what it hangs on, and how it was used.
+
+A row for each block that lies in HBM, DDR or SSD, and for each predecessor that is named by one of them but lies in no
+tier (a *ghost*: the root of a prompt, or a block that was lost): about 90 bytes a block all in all. Numbers in, numbers
+out: no clock, no chance and no I/O. Places (blocks of the pool, slots) are kept counting from 1, because untouched
+memory is zeros.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import IntFlag
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.ids import BlockHash, TenantTag
+from baton.latency import TIERS, Tier
+from kvcache.eviction.interface import Candidates, Counts
+from kvcache.name_table import NO_ROW, NameTable, Rows
+from kvcache.tiers.interface import LowerTier, SlotHeader, StorageFormat
+from kvcache.tiers.row_set import RowSet
+from kvcache.tiers.tenants import Tenants
+
+USES_MAX: Final = 2**16 - 1
+COPIES_MAX: Final = 2**8 - 2
+
+
+class Mark(IntFlag):
+    DIGESTED = 1
+    """`digest` is known: of its row below HBM, or else of its block in HBM."""
+    MOVING = 2
+    """On its way down: it is copied nowhere else meanwhile, and stays where it is."""
+    GOING = 4
+    """Copied down because HBM would soon evict it, and not used since."""
+    FROM_BELOW = 8
+    """Its block in HBM was restored from its slot: the same bytes."""
+    PROMISED = 16
+    PINNED = 32
+    """A peer is about to read it."""
+
+    BUSY = MOVING | PINNED
+
+
+class TierIndex:
+    """Rows by name. A row number is good until the block has left its last tier and no block hangs on it any more."""
+
+    def __init__(self, hbm_blocks: int, ddr_slots: int, ssd_slots: int) -> None:
+        present_max = hbm_blocks + ddr_slots + ssd_slots
+        self.table = NameTable(2 * present_max + 4)  # a ghost has a present child, and a block being added a parent
+        end = self.table.rows_max + 1
+        self.places = {tier: np.zeros(end, np.int32) for tier in TIERS}
+        self.parent, self.depth = np.zeros(end, np.int32), np.zeros(end, np.int32)
+        self.children, self.upper_children = np.zeros(end, np.int32), np.zeros(end, np.int32)
+        """Blocks that follow on it and lie in any tier; in HBM or DDR."""
+        self.used_at = np.zeros(end, np.float64)
+        """Seconds by the clock."""
+        self.uses, self.copies = np.zeros(end, np.uint16), np.zeros(end, np.uint8)
+        """Reuses, as the policy counts them. Copies on other workers, plus 1; 0: not known."""
+        self.digest, self.tenant = np.zeros(end, np.uint64), np.zeros(end, np.uint16)
+        self.marks = np.zeros(end, np.uint8)
+        self.tenants = Tenants()
+        self.row_in_block = np.zeros(hbm_blocks, np.int32)
+        self._row_in_block = self.row_in_block.data
+        self._hbm, self._ddr, self._ssd = (self.places[tier].data for tier in TIERS)
+        self._place_of = {tier: self.places[tier].data for tier in TIERS}
+        self._parent, self._children, self._upper = self.parent.data, self.children.data, self.upper_children.data
+        self._mark = self.marks.data
+        self.counts: dict[Tier, int] = dict.fromkeys(TIERS, 0)
+        self.leaves: dict[LowerTier, RowSet] = {"ddr": RowSet(ddr_slots, end), "ssd": RowSet(ssd_slots, end)}
+        """What may go. From DDR: nothing follows on it in HBM or DDR; from the SSD: nothing in any tier."""
+        self.has_ssd = ssd_slots > 0
+        """Turned off: what was promised may not leave DDR."""
+
+    # ---- rows
+
+    def find(self, name: BlockHash) -> int:
+        """Its row if it lies in any tier, else NO_ROW."""
+        row = self.table.find(name)
+        return row if self.is_present(row) else NO_ROW
+
+    def are_present(self, rows: Rows) -> NDArray[np.bool_]:
+        return np.logical_or.reduce([self.places[tier][rows] > 0 for tier in TIERS])
+
+    def is_present(self, row: int) -> bool:
+        return bool(self._hbm[row] or self._ddr[row] or self._ssd[row])
+
+    def add(self, name: BlockHash, parent: BlockHash | None, depth: int, tenant: TenantTag, now_s: float) -> int:
+        """The row of a block that will now be put into its first tier."""
+        row = self.table.find(name) or self.table.add(name)
+        assert row != NO_ROW and not self.is_present(row)
+        if parent is not None and parent != name:
+            above = self.table.find(parent) or self.table.add(parent)
+            assert above != NO_ROW
+            self._parent[row] = above
+        self.depth[row], self.used_at[row] = depth, now_s
+        self.tenant[row] = self.tenants.enter(tenant)
+        return row
+
+    def row_of_block(self, block: int) -> int:
+        """Of the pool; NO_ROW if its content has no name."""
+        return self._row_in_block[block]
+
+    def tier_of(self, row: int) -> Tier | None:
+        """The highest."""
+        return "hbm" if self._hbm[row] else "ddr" if self._ddr[row] else "ssd" if self._ssd[row] else None
+
+    def lower_tier_of(self, row: int) -> LowerTier | None:
+        """The quicker one below HBM."""
+        return "ddr" if self._ddr[row] else "ssd" if self._ssd[row] else None
+
+    def place(self, row: int, tier: Tier) -> int:
+        """It lies there."""
+        place = self._place_of[tier][row]
+        assert place, f"not in {tier}"
+        return place - 1
+
+    def is_in(self, row: int, tier: Tier) -> bool:
+        return bool(self._place_of[tier][row])
+
+    def lies_below(self, row: int) -> bool:
+        return bool(self._ddr[row] or self._ssd[row])
+
+    def header(self, row: int, storage: StorageFormat, keep_until: float) -> SlotHeader:
+        above = self._parent[row]
+        parent = self.table.name(above) if above else BlockHash(bytes(16))
+        tenant = self.tenants.tag(int(self.tenant[row]))
+        name, digest = self.table.name(row), int(self.digest[row])
+        return SlotHeader(name, parent, int(self.depth[row]), digest, storage, tenant, keep_until)
+
+    # ---- places
+
+    def put(self, row: int, tier: Tier, place: int) -> None:
+        """It lies there too, from now on."""
+        assert not self._place_of[tier][row], f"in {tier} already"
+        was_present, was_upper = self.is_present(row), self._is_upper(row)
+        self._place_of[tier][row] = place + 1
+        self.counts[tier] += 1
+        if tier == "hbm":
+            self._row_in_block[place] = row
+        above = self._parent[row]
+        if above:
+            self._children[above] += not was_present
+            self._upper[above] += self._is_upper(row) - was_upper
+            self.refresh(above)
+        self.refresh(row)
+
+    def drop(self, row: int, tier: Tier) -> int:
+        """It no longer lies there; where that was. The row may be gone with it."""
+        place, was_upper = self.place(row, tier), self._is_upper(row)
+        self._place_of[tier][row] = 0
+        self.counts[tier] -= 1
+        if tier == "hbm":
+            self._row_in_block[place] = NO_ROW
+            self.mark(row, Mark.FROM_BELOW, False)
+        elif not self.lies_below(row):
+            self.mark(row, Mark.DIGESTED | Mark.GOING | Mark.FROM_BELOW, False)
+        above, is_present = self._parent[row], self.is_present(row)
+        if above:
+            self._children[above] -= not is_present
+            self._upper[above] -= was_upper - self._is_upper(row)
+            self.refresh(above)
+        self.refresh(row)
+        if not is_present:
+            self._vanish(row)
+        return place
+
+    def _is_upper(self, row: int) -> bool:
+        return bool(self._hbm[row] or self._ddr[row])
+
+    def _vanish(self, row: int) -> None:
+        """It lies nowhere any more: a ghost if blocks hang on it, else gone."""
+        self.tenants.leave(int(self.tenant[row]))
+        above, self._parent[row] = self._parent[row], NO_ROW
+        for column in (self.depth, self.used_at, self.uses, self.copies, self.digest, self.tenant):
+            column[row] = 0
+        self._mark[row] = 0
+        for each in (row, above):
+            if each and not self.is_present(each) and not self._children[each]:
+                assert not self._upper[each]
+                self.table.remove(each)
+
+    def refresh(self, row: int) -> None:
+        """Whether it may go, after a change."""
+        mark = self._mark[row]
+        is_free = not mark & Mark.BUSY
+        is_promised = bool(mark & Mark.PROMISED)
+        may_leave_ddr = self._ddr[row] and not self._upper[row] and is_free and (self.has_ssd or not is_promised)
+        self.leaves["ddr"].put(row, bool(may_leave_ddr))
+        self.leaves["ssd"].put(row, bool(self._ssd[row] and not self._children[row] and is_free and not is_promised))
+
+    def mark(self, row: int, mark: Mark, is_so: bool) -> None:
+        self._mark[row] = self._mark[row] | mark if is_so else self._mark[row] & ~mark & 0xFF
+        self.refresh(row)
+
+    def is_marked(self, row: int, mark: Mark) -> bool:
+        """With any of these."""
+        return bool(self._mark[row] & mark)
+
+    # ---- use and worth
+
+    def use(self, rows: Rows, uses: Counts, now_s: float) -> None:
+        """These are used now, and were so often before."""
+        self.used_at[rows] = now_s
+        self.uses[rows] = np.minimum(uses, USES_MAX)
+        self.marks[rows] &= ~np.uint8(Mark.GOING)
+
+    def note_digest(self, row: int, digest: int) -> None:
+        self.digest[row] = digest
+        self.mark(row, Mark.DIGESTED, True)
+
+    def digest_of(self, row: int) -> int | None:
+        return int(self.digest[row]) if self.is_marked(row, Mark.DIGESTED) else None
+
+    def note_copies(self, rows: Rows, copies: Sequence[int]) -> None:
+        self.copies[rows] = np.minimum(np.asarray(copies), COPIES_MAX) + 1
+
+    def candidates(self, rows: Rows, now_s: float, saved_s: Callable[[int], float], size_bytes: int) -> Candidates:
+        depths = self.depth[rows]
+        return Candidates(
+            age_s=np.maximum(now_s - self.used_at[rows], 0.0),
+            uses=self.uses[rows].astype(np.int32),
+            depth=depths,
+            saved_s=np.fromiter(map(saved_s, depths.tolist()), np.float64, len(depths)),
+            size_bytes=size_bytes,
+            copies=np.maximum(self.copies[rows].astype(np.int32) - 1, 0),
+        )
+
+    def chain(self, row: int, tier: LowerTier, length_max: int) -> list[int]:
+        """A leaf and what it alone hangs on, as often used as it: the leaf first. They go together, and come back
+        together."""
+        chain = [row]
+        followers = self._upper if tier == "ddr" else self._children
+        uses = self.uses[row]
+        while len(chain) < length_max:
+            row = self._parent[row]
+            is_alone = row and self._place_of[tier][row] and followers[row] == 1 and self.uses[row] == uses
+            if not is_alone or self.is_marked(row, Mark.BUSY | Mark.PROMISED):
+                break
+            chain.append(row)
+        return chain
+
+    def rows_below(self, tenant: TenantTag | None) -> list[int]:
+        """A tenant's blocks below HBM, or all. O(rows)."""
+        end = self.table.rows_used + 1
+        is_below = (self.places["ddr"][:end] > 0) | (self.places["ssd"][:end] > 0)
+        if tenant is not None:
+            is_below &= self.tenant[:end] == self.tenants.find(tenant)
+        return [int(row) for row in np.flatnonzero(is_below)]
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident, up to the highest row that was used: the table, the columns and the sets of leaves."""
+        columns = (*self.places.values(), self.parent, self.depth, self.children, self.upper_children, self.used_at)
+        columns += (self.uses, self.copies, self.digest, self.tenant, self.marks)
+        a_row = sum(column.itemsize for column in columns) + 2 * np.dtype(np.int32).itemsize
+        members = (self.row_in_block.size + sum(map(len, self.leaves.values()))) * np.dtype(np.int32).itemsize
+        return self.table.size_bytes + a_row * (self.table.rows_used + 1) + members
+
+    def check_integrity(self) -> None:
+        """Asserts that links, counts, leaves and places agree. O(rows)."""
+        self.table.check_integrity()
+        rows = [row for row in self.table._row_at if row]
+        children, upper = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
+        for row in rows:
+            above = self._parent[row]
+            if above:
+                assert self.is_present(row), "a ghost has no parent"
+                children[above] += 1
+                upper[above] += self._is_upper(row)
+        for row in rows:
+            assert (children[row], upper[row]) == (self._children[row], self._upper[row])
+            assert self.is_present(row) or children[row], "a row for nothing"
+            was = [row in leaves for leaves in self.leaves.values()]
+            self.refresh(row)
+            assert was == [row in leaves for leaves in self.leaves.values()], "leaves are out of date"
+        for tier in TIERS:
+            taken = [self._place_of[tier][row] for row in rows if self._place_of[tier][row]]
+            assert len(taken) == len(set(taken)) == self.counts[tier], f"two blocks in one place of {tier}"

@@ -1,0 +1,142 @@
+"""Where blocks lie: the index, the slots and the promises, changed together."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from baton.ids import BlockHash
+from baton.latency import Tier
+from kvcache.name_table import NO_ROW
+from kvcache.tiers.deadlines import Deadlines
+from kvcache.tiers.index import Mark, TierIndex
+from kvcache.tiers.interface import LowerTier, Slot, SlotHeader, StorageFormat, TierState
+from kvcache.tiers.retention import Promises
+from kvcache.tiers.slots import Slots
+
+log = logging.getLogger(__name__)
+LOWER: Final[tuple[LowerTier, ...]] = ("ddr", "ssd")
+
+
+class Shelves:
+    """For the engine's thread. Everything that puts a block somewhere, or drops it, comes through here."""
+
+    def __init__(
+        self, hbm_blocks: int, ddr_slots: int, ssd_slots: int, row_bytes: int, storage: StorageFormat
+    ) -> None:
+        """Of the SSD's slots nothing is known until it has been scanned."""
+        self.row_bytes, self.storage = row_bytes, storage
+        self.index = TierIndex(hbm_blocks, ddr_slots, ssd_slots)
+        self.slots: dict[LowerTier, Slots] = {"ddr": Slots(ddr_slots, True), "ssd": Slots(ssd_slots, False)}
+        self.promises = Promises(self.index, row_bytes)
+        self._pins = Deadlines()
+        """Monotonic: blocks that peers are about to read."""
+        self._changed: dict[BlockHash, None] = {}
+        self.dropped_blocks = 0
+        self.corrupt_blocks = 0
+        self.ssd_off_reason = ""
+
+    @property
+    def has_ssd(self) -> bool:
+        return self.index.has_ssd
+
+    # ---- putting and dropping
+
+    def put(self, row: int, tier: Tier, place: int) -> None:
+        self.index.put(row, tier, place)
+        self._changed[self.index.table.name(row)] = None
+
+    def drop(self, row: int, tier: Tier, *, erase: bool = False) -> bool:
+        """It no longer lies there, and its slot is free as soon as may be. Whether it lies nowhere now; its row is
+        another's then."""
+        self._changed[self.index.table.name(row)] = None
+        place = self.index.drop(row, tier)
+        if tier != "hbm":
+            self.slots[tier].give_back(Slot(place), erase and tier == "ssd")
+        if self.index.is_present(row):
+            return False
+        self.promises.forget(row)
+        self._pins.discard(row)
+        return True
+
+    def let_drop(self, row: int, tier: Tier) -> None:
+        """The same, for want of room: counted if it was the last copy here."""
+        self.dropped_blocks += self.drop(row, tier)
+
+    def forget(self, row: int) -> int:
+        """Below HBM, and on the disk; how many copies that were."""
+        tiers = [tier for tier in LOWER if self.index.is_in(row, tier)]
+        for tier in tiers:
+            self.drop(row, tier, erase=True)
+        return len(tiers)
+
+    def turn_off_ssd(self, reason: str) -> None:
+        """Serving goes on without it; its slots are never touched again."""
+        if not self.has_ssd:
+            return
+        self.ssd_off_reason, self.index.has_ssd = reason, False
+        log.warning("The SSD tier is off until this worker starts again: %s", reason)
+        for row in self.index.rows_below(None):
+            if self.index.is_in(row, "ssd"):
+                self.let_drop(row, "ssd")
+        for row in self.promises:
+            self.index.refresh(row)
+
+    # ---- who wants what kept
+
+    def pin(self, rows: Sequence[int], until_s: float) -> None:
+        for row in rows:
+            self._pins.put_off(row, until_s)
+            self.index.mark(row, Mark.PINNED, True)
+
+    def expire(self, now_s: float, wall_s: float) -> None:
+        for row in self._pins.pop_due(now_s):
+            self.index.mark(row, Mark.PINNED, False)
+        self.promises.expire(wall_s)
+
+    # ---- what there is
+
+    def header(self, row: int) -> SlotHeader:
+        return self.index.header(row, self.storage, self.promises.keep_until(row))
+
+    def located(self, names: Sequence[BlockHash]) -> list[int]:
+        """The rows of the longest run of `names` that lie below HBM, from the first on."""
+        if not names or not self.index.lies_below(self.index.table.find(names[0])):
+            return []
+        rows = self.index.table.find_all(names)
+        is_below = (self.index.places["ddr"][rows] > 0) | (self.index.places["ssd"][rows] > 0)
+        return rows[: _leading(is_below.tolist())].tolist()  # type: ignore[no-any-return]
+
+    def present(self, names: Sequence[BlockHash]) -> list[int]:
+        """The same, in whatever tiers."""
+        if not names or self.index.find(names[0]) == NO_ROW:
+            return []
+        rows = self.index.table.find_all(names)
+        return rows[: _leading(self.index.are_present(rows).tolist())].tolist()  # type: ignore[no-any-return]
+
+    def take_changed(self) -> list[BlockHash]:
+        changed, self._changed = list(self._changed), {}
+        return changed
+
+    def state(self, tier: LowerTier) -> TierState:
+        total, blocks = self.slots[tier].total, self.index.counts[tier]
+        retained = sum(self.index.is_in(row, tier) for row in self.promises)
+        sizes = blocks * self.row_bytes, total * self.row_bytes, retained * self.row_bytes
+        return TierState(tier, blocks, total, *sizes, off_reason=self.ssd_off_reason if tier == "ssd" else "")
+
+    def check_integrity(self, in_use: dict[LowerTier, list[Slot]]) -> None:
+        """`in_use`: slots that something on its way has taken."""
+        self.index.check_integrity()
+        self.promises.check_integrity()
+        assert all(self.index.is_marked(row, Mark.PINNED) for row in self._pins)
+        for tier in LOWER:
+            places = self.index.places[tier][: self.index.table.rows_used + 1]
+            held = [Slot(place - 1) for place in places[places > 0].tolist()]
+            self.slots[tier].check_integrity([*held, *in_use[tier]])
+
+
+def _leading(flags: Sequence[bool]) -> int:
+    """How many are true before the first that is not."""
+    return flags.index(False) if False in flags else len(flags)
+
+
+Clock = Callable[[], float]

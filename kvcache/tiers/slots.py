@@ -1,0 +1,93 @@
+"""Which slots of a tier are free, and which must stay as they are although nobody needs what they hold any more."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from baton.ids import BlockId
+from kvcache.free_runs import FreeRuns
+from kvcache.tiers.interface import Slot
+
+
+class Slots:
+    """Every slot is free, taken, or given back but still held or to be erased."""
+
+    def __init__(self, count: int, are_free: bool) -> None:
+        """Not free: they are all taken until `free_others`."""
+        self.total = count
+        self._free = FreeRuns(count, are_free)
+        self._holders: Counter[Slot] = Counter()
+        self._left: dict[Slot, bool] = {}
+        """Given back while held, and whether they are to be erased."""
+        self._written = np.zeros(count, bool)
+        """Hold, or may hold, something that could be read again."""
+        self.to_erase: list[Slot] = []
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[Slot]:
+        """So many or as many as are free, adjacent and ascending as far as possible."""
+        slots = [Slot(slot) for slot in self._free.take(min(count, self.free), None)]
+        self._written[slots] = True
+        return slots
+
+    def give_back(self, slot: Slot, erase: bool = False) -> None:
+        """Nobody needs what it holds: free once nobody holds it and, if so wished, it has been erased."""
+        if self._holders[slot]:
+            self._left[slot] = erase
+        elif erase:
+            self.to_erase.append(slot)
+        else:
+            self._free.add(BlockId(slot))
+
+    def hold(self, slots: Iterable[Slot]) -> None:
+        """Somebody reads them: they are not given away meanwhile."""
+        self._holders.update(slots)
+
+    def let_go(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            self._holders[slot] -= 1
+            if not self._holders[slot]:
+                del self._holders[slot]
+                if slot in self._left:
+                    self.give_back(slot, self._left.pop(slot))
+
+    def erased(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            self._written[slot] = False
+            self._free.add(BlockId(slot))
+
+    def wipe_free(self) -> None:
+        """What free slots still hold is to be erased as well."""
+        runs = list(self._free)
+        kept = FreeRuns(self.total, are_free=False)
+        for start, end in runs:
+            old = [Slot(slot) for slot in range(start, end) if self._written[slot]]
+            self.to_erase += old
+            for slot in set(range(start, end)).difference(old):
+                kept.add(BlockId(slot))
+        self._free = kept
+
+    def free_others(self, taken: Iterable[Slot]) -> None:
+        """Once it is known which slots hold something."""
+        is_taken = np.ones(self.total + 2, bool)
+        is_taken[1:-1] = False
+        for slot in taken:
+            is_taken[slot + 1] = True
+        edges = np.flatnonzero(np.diff(is_taken)).reshape(-1, 2)
+        for start, end in edges.tolist():
+            self._free.add_run(start, end)
+
+    def claim(self, slot: Slot) -> None:
+        """While all are taken: this one holds something."""
+        self._written[slot] = True
+
+    def check_integrity(self, in_use: Sequence[Slot]) -> None:
+        """Asserts that those in use and those that are not are all slots, each once."""
+        free = [slot for start, end in self._free for slot in range(start, end)]
+        every = [*free, *in_use, *self._left, *self.to_erase]
+        assert len(every) == len(set(every)) and set(every) <= set(range(self.total))
+        assert all(holders > 0 for holders in self._holders.values())

@@ -1,0 +1,161 @@
+"""`baton cache`: what the workers' tiers hold and how often they are hit, as tables; and clearing them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from launcher.router_api import fetch, stranger
+
+Fields = Mapping[str, Any]
+"""An object of the router's `GET /v1/cache`."""
+BAR_COLUMNS = 8
+HASH_DIGITS = 12
+"""Of a prefix's 32: enough to tell those of one table apart."""
+CLEAR_TIMEOUT_S = 15.0
+TIER_NAMES = {"hbm": "HBM", "ddr": "DDR", "ssd": "SSD", "peer": "fetched"}
+
+
+def fetch_cache(url: str, top: int, api_key: str | None = None) -> Fields:
+    """Raises what `fetch` raises."""
+    cache = fetch(url, f"/v1/cache?top={top}", api_key)
+    if not isinstance(cache.get("workers"), list):
+        raise stranger(url)
+    return cache
+
+
+def clear_cache(url: str, tenant: str | None, api_key: str | None = None) -> Fields:
+    """Raises what `fetch` raises."""
+    cleared = fetch(url, "/v1/cache/clear", api_key, {"tenant": tenant} if tenant else {}, CLEAR_TIMEOUT_S)
+    if not isinstance(cleared.get("workers"), list):
+        raise stranger(url)
+    return cleared
+
+
+# ---- what there is
+
+
+def render(cache: Fields) -> RenderableType:
+    if not cache["workers"]:
+        return Text("The router runs, but no worker has announced itself.")
+    parts: list[RenderableType] = [tiers_table(cache["workers"]), Text(), Text(rates(cache)), *troubles(cache)]
+    if cache["top_prefixes"]:
+        parts += [Text(), prefixes_table(cache["top_prefixes"])]
+    return Group(*parts)
+
+
+def tiers_table(workers: Sequence[Fields]) -> Table:
+    """A row for each worker and tier."""
+    table = _table("worker", "tier", right=("blocks",))
+    table.add_column("used", no_wrap=True)
+    for column in ("hit tokens", "hit rate", "retained", "restore"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for worker in sorted(workers, key=lambda worker: (worker["role"] != "prefill", worker["worker_id"])):
+        for row in worker_rows(worker):
+            table.add_row(*row)
+    return table
+
+
+def worker_rows(worker: Fields) -> Iterable[Sequence[str | Text]]:
+    name = str(worker["worker_id"])
+    if not worker["reachable"]:
+        yield name, "", "", "", "", "", "", "", Text("unreachable", style="red")
+        return
+    if not worker["tiers"]:
+        yield name, "", "", "", "", "", "", "", Text("keeps nothing")
+    for index, tier in enumerate(worker["tiers"]):
+        yield (
+            "" if index else name,
+            TIER_NAMES.get(tier["tier"], str(tier["tier"])),
+            f"{tier['blocks']:,}/{tier['blocks_max']:,}",
+            used(tier),
+            f"{tier['hit_tokens']:,}",
+            percent(tier["hit_tokens"], worker["queried_tokens"]),
+            size(tier["retained_bytes"]) if tier["retained_bytes"] else "",
+            f"{size(tier['restore_bytes_per_s'])}/s" if tier["restore_bytes_per_s"] else "",
+            Text(f"off: {tier['off_reason']}", style="red") if tier["off_reason"] else "",
+        )
+
+
+def used(tier: Fields) -> Text:
+    """A bar, as long as the tier is full."""
+    share = min(1.0, tier["bytes"] / tier["bytes_max"]) if tier["bytes_max"] else 0.0
+    filled = round(share * BAR_COLUMNS)
+    bar = Text("█" * filled, style="cyan") + Text("░" * (BAR_COLUMNS - filled))
+    return bar + Text(f" {size(tier['bytes'])} of {size(tier['bytes_max'])}")
+
+
+def rates(cache: Fields) -> str:
+    """The cluster's hits, by where they were found."""
+    if not cache["queried_tokens"]:
+        return "No prompt has been looked up yet."
+    found = ", ".join(f"{cache['hit_rates'][tier]:.1%} {name}" for tier, name in TIER_NAMES.items())
+    return f"Of {cache['queried_tokens']:,} prompt tokens: {found}."
+
+
+def troubles(cache: Fields) -> Iterable[Text]:
+    if cache["corrupt_blocks"]:
+        yield Text(f"{cache['corrupt_blocks']:,} blocks did not match their digests and were computed again.", "red")
+    if cache["dropped_blocks"]:
+        yield Text(f"{cache['dropped_blocks']:,} blocks left HBM for no lower tier.")
+
+
+def prefixes_table(prefixes: Sequence[Fields]) -> Table:
+    """By the hashes of their last blocks: a name, from which no prompt can be read."""
+    table = _table("prefix", "tier", right=("tokens", "uses", "workers"))
+    for prefix in prefixes:
+        tier = TIER_NAMES.get(prefix["tier"], str(prefix["tier"]))
+        counts = (prefix["tokens"], prefix["uses"], len(prefix["workers"]))
+        table.add_row(str(prefix["hash"])[:HASH_DIGITS], tier, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+# ---- clearing
+
+
+def question(tenant: str | None) -> str:
+    whose = f"all KV of the tenant {tenant}" if tenant else "all cached KV, of everybody,"
+    return (
+        f"Forget {whose} on every worker, in every tier, what was promised to be kept included? "
+        "Requests that run go on; later ones compute their prompts anew."
+    )
+
+
+def cleared_sentences(cleared: Fields) -> Iterable[Text]:
+    reached = [worker for worker in cleared["workers"] if worker["reachable"]]
+    yield Text(f"Freed {cleared['blocks']:,} blocks, {size(cleared['bytes'])}, on {len(reached)} workers.")
+    for worker in missed(cleared):
+        yield Text(f"{worker['worker_id']} was not cleared: {worker['error']}.", style="red")
+
+
+def missed(cleared: Fields) -> list[Fields]:
+    return [worker for worker in cleared["workers"] if not worker["reachable"]]
+
+
+# ---- numbers
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def size(count: float) -> str:
+    """Three digits or so."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1000 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
