@@ -11,7 +11,7 @@ import torch
 
 from baton.clock import Clock, monotonic
 from baton.errors import BatonError, InvalidRequest
-from baton.ids import BlockHash, RequestId
+from baton.ids import BlockHash, RequestId, TenantTag
 from baton.latency import DEFAULT_LATENCY, WorkerLatency
 from baton.layout import PROBE_BLOCKS
 from baton.sampling import PositionLogprobs, SamplingParams
@@ -51,6 +51,7 @@ from engine.self_test import measure_steps, step_shapes
 from engine.sequence import LiveSequence, Stage, begin_sequence, check_request, owner_of, root_of
 from engine.stopwatch import Stopwatch, work_of
 from engine.tier_pump import TierPump
+from engine.tiers import LateCosts, open_lower_tiers
 from kvcache.block_hash import block_hashes
 from kvcache.block_pool import BlockPool
 from kvcache.restore_plan import DEFAULT_RESTORE, RestoreCosts
@@ -151,7 +152,7 @@ class LocalEngine(Generic[AnyLogits]):
         pool = BlockPool(model.layout.pool_blocks, *([tiers] if tiers else []), journal, self._digests)
         self._pump = TierPump(tiers, pool, journal)
         layout = model.layout
-        self._cache = PrefixCache(pool, layout.block_tokens, tiers, self._costs, layout.layers, clock)
+        self._cache = PrefixCache(pool, layout.block_tokens, tiers, self.costs, layout.layers, clock)
         self._scheduler = Scheduler(pool, layout.block_tokens, limits, self._cache)
         self._kept = KeptBlocks(pool)
         self._filled = FilledBlocks(pool, self._cache, self._digests.note, self._scheduler.watermark)
@@ -180,7 +181,7 @@ class LocalEngine(Generic[AnyLogits]):
     def of(
         loaded: LoadedModel, settings: WorkerSettings, listener: LayerListener | None = None
     ) -> "LocalEngine[StepLogits]":
-        """Allocates a pool for a model."""
+        """Allocates a pool for a model, and opens the tiers below it. Raises SettingsError."""
         facts, block_tokens = loaded.facts, settings.block_tokens
         limit = min(facts.context_length, settings.context_length_max or facts.context_length)
         block_bytes = kv_layout(loaded, block_tokens, 1).block_bytes
@@ -196,8 +197,12 @@ class LocalEngine(Generic[AnyLogits]):
             layout=layout,
         )
         digester = None if settings.verify == "never" else _digester_of(region)
+        costs = LateCosts()
+        tiers = open_lower_tiers(settings, model, region, costs)
         runner, limits = ModelRunner(loaded, region), Limits.of(settings)
-        return LocalEngine(model, region, runner, _sample, limits, listener, digester=digester)
+        engine = LocalEngine(model, region, runner, _sample, limits, listener, digester=digester, tiers=tiers)
+        costs.costs = engine.costs
+        return engine
 
     # ---- requests
 
@@ -276,7 +281,16 @@ class LocalEngine(Generic[AnyLogits]):
 
     def adopt(self, reserved: Reserved, digests: Sequence[int], owner: Retention) -> None:
         self._filled.adopt(reserved, digests, owner_of(owner))
-        self._pump.changed()
+        self._pump.want()
+
+    def clear_cache(self, tenant: TenantTag | None) -> tuple[int, int]:
+        blocks = self._cache.clear(tenant)
+        size_bytes = blocks * self.model.layout.block_bytes
+        self._pump.want()  # a turn, in which the cluster is told
+        if self.tiers is None:
+            return blocks, size_bytes
+        below, below_bytes = self.tiers.clear(tenant)
+        return blocks + below, size_bytes + below_bytes
 
     # ---- steps
 
@@ -300,8 +314,8 @@ class LocalEngine(Generic[AnyLogits]):
         self._pump.on_wake(wake)
 
     def step(self) -> StepResult:
-        self._pump.turn()
         self._settle()
+        self._pump.turn()
         result = self._step()
         if result:
             self._pump.changed()
@@ -472,7 +486,8 @@ class LocalEngine(Generic[AnyLogits]):
             error = BatonError("Cached KV that was to be sent could not be read any more.")
             self._settled.failed.append(Failed(sequence.request_id, error))
 
-    def _costs(self) -> RestoreCosts:
+    def costs(self) -> RestoreCosts:
+        """Of bringing up and of computing, as far as is known by now."""
         layout, latency = self.model.layout, self.latency()
         latency = replace(latency, restore={**DEFAULT_RESTORE, **latency.restore})
         return RestoreCosts(latency, layout.block_tokens, layout.block_bytes, self._scheduler.limits.chunk_tokens)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from baton.ids import BlockHash, BlockId
+from baton.ids import BlockHash, BlockId, TenantTag
 from baton.latency import Tier
 from engine.interface import Reserved
 from engine.prefix_cache import PrefixCache
@@ -84,7 +84,7 @@ class FilledBlocks:
         for promotion in over:
             restored = promotion.restoring.restore.result
             assert restored is not None
-            self._fill(promotion.names, promotion.blocks, restored.good, restored.digests)
+            self._fill(promotion.names[: restored.good], promotion.blocks, restored.digests, tenant=None)
             self._let_go([*promotion.blocks, *promotion.shared])
             promotion.on_done()
             yield from restored.timings
@@ -115,17 +115,25 @@ class FilledBlocks:
         prefix = self._reserved.pop(reserved.blocks, None)
         if prefix is not None and good:
             self._cache.tell_published(prefix.root, prefix.names[: prefix.first + good], prefix.first, owner)
-        self._fill(reserved.names, reserved.blocks, good, digests if all(digests) else ())
+        known = digests if all(digests) else ()
+        self._fill(reserved.names[:good], reserved.blocks, known, owner.tenant)
         self._let_go([*reserved.blocks, *reserved.held])
 
     # ---- both
 
-    def _fill(self, names: Sequence[BlockHash], blocks: Sequence[BlockId], good: int, digests: Sequence[int]) -> None:
-        """The first `good` are what they should be; digests of these, or none."""
-        for name, block in zip(names[:good], blocks[:good], strict=True):
-            self._pool.publish(block, name)
+    def _fill(
+        self,
+        names: Sequence[BlockHash],
+        blocks: Sequence[BlockId],
+        digests: Sequence[int],
+        tenant: TenantTag | None,
+    ) -> None:
+        """As many blocks as there are names are what they should be; digests of these, or none."""
+        good = blocks[: len(names)]
+        for name, block in zip(names, good, strict=True):
+            self._cache.publish_block(block, name, tenant)
         if digests:
-            self._note(blocks[:good], digests)
+            self._note(good, digests)
 
     def _allocate(self, count: int) -> list[BlockId]:
         blocks = self._pool.allocate(count)

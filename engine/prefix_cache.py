@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from baton.clock import Clock, monotonic
-from baton.ids import BlockHash, BlockId
+from baton.ids import BlockHash, BlockId, TenantTag
 from baton.latency import Tier
-from engine.restoring import Restoring
+from engine.restoring import NothingRestored, Restoring
 from engine.sequence import LiveSequence
 from engine.stopwatch import work_of
 from kvcache.block_pool import BlockPool
 from kvcache.restore_plan import RestoreCosts, plan_restore, runs_of
-from kvcache.tiers.interface import LowerTier, LowerTiers, Owner
+from kvcache.tiers.interface import LowerTier, LowerTiers, Owner, Restore
 
 
 class PrefixCache:
@@ -95,8 +95,13 @@ class PrefixCache:
             costs.restore_s(Counter(places[index] for index in filled)),
             costs.compute_s(tokens, cached),
         )
-        began_s = self._clock()
-        return Restoring(self._tiers.restore(names, blocks), filled, len(places), began_s, expected_s, compute_s)
+        return Restoring(self._restore(names, blocks), filled, len(places), self._clock(), expected_s, compute_s)
+
+    def _restore(self, names: Sequence[BlockHash], blocks: Sequence[BlockId]) -> Restore:
+        """Of what was located before room was made for it, as much as is still there."""
+        assert self._tiers is not None
+        there = len(self._tiers.locate(names))
+        return self._tiers.restore(names[:there], blocks[:there]) if there else NothingRestored(self._layers)
 
     # ---- what is on its way
 
@@ -137,12 +142,26 @@ class PrefixCache:
         names = sequence.block_names()
         self.tell_published(sequence.hasher.root, names[:end], first, sequence.owner)
         for index in range(first, end):
-            self._publish_block(sequence.blocks[index], names[index], sequence.owner.tenant)
+            self.publish_block(sequence.blocks[index], names[index], sequence.owner.tenant)
 
     def tell_published(self, root: BlockHash, names: Sequence[BlockHash], first: int, owner: Owner) -> None:
         """The blocks `names[first:]` of a prompt are about to be published."""
         if self._tiers is not None:
             self._tiers.published(root, names, first, owner)
+
+    def publish_block(self, block: BlockId, name: BlockHash, tenant: TenantTag | None) -> None:
+        """After `tell_published`, or of a block that the lower tiers know already; None: whose it is they know."""
+        self._tenants.pop(block, None)
+        if tenant is not None:
+            self._tenants[block] = tenant
+        self._pool.publish(block, name)
+
+    def clear(self, tenant: TenantTag | None) -> int:
+        """Forgets what the pool has of a tenant, or all; how many blocks. What may be anybody's goes too."""
+        published = self._pool.published()
+        blocks = [b for b in published if tenant is None or self._tenants.get(b, tenant) == tenant]
+        self._pool.forget(blocks)
+        return len(blocks)
 
 
 def _in_hbm(places: Sequence[Tier]) -> list[int]:

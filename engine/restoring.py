@@ -1,7 +1,7 @@
 """A sequence's blocks that are on their way up from lower tiers, and when to wait for them and when not."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.clock import Clock
 from kvcache.restore_plan import GRACE_S, keeps_ahead, overdue_s, should_give_up
@@ -21,17 +21,19 @@ class Restoring:
     expected_s: float
     compute_s: float
     """What computing these blocks would have taken."""
+    check_s: float = field(init=False)
+    """By the clock: when to see whether it has turned slow, though nothing is heard of it."""
+
+    def __post_init__(self) -> None:
+        self.check_s = self.began_s + self.expected_s + GRACE_S
 
     @property
     def is_over(self) -> bool:
         return self.restore.result is not None
 
-    @property
-    def give_up_s(self) -> float:
-        """By the clock, at the latest."""
-        return self.began_s + overdue_s(self.expected_s, self.compute_s)
-
     def is_too_slow(self, now_s: float) -> bool:
+        if now_s >= self.check_s:
+            self.check_s = now_s + GRACE_S
         return should_give_up(now_s - self.began_s, self.restore.left_s, self.expected_s, self.compute_s)
 
     def keeps_ahead(self, layers: int, step_s: float) -> bool:
@@ -44,7 +46,27 @@ class Restoring:
 
     def shares_after(self, block: int) -> bool:
         """Whether some of the blocks from this one on are not the sequence's own."""
-        return set(self.filled).issuperset(range(block, self.end)) is False
+        return not set(self.filled).issuperset(range(block, self.end))
+
+
+class NothingRestored:
+    """Implements Restore, of blocks that went in the last moment."""
+
+    left_s = 0.0
+    result = Restored(0, (), (), "They were dropped to make room.")
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def wait_layer(self, layer: int, timeout_s: float) -> bool:
+        del layer, timeout_s
+        return True
+
+    def wait(self, timeout_s: float) -> Restored:
+        del timeout_s
+        return self.result
+
+    def cancel(self) -> None: ...
 
 
 class RestoreGate:
@@ -92,4 +114,4 @@ class RestoreGate:
 
 def next_check_s(restores: Sequence[Restoring]) -> float | None:
     """By the clock, when the first of them has to be looked at, though nothing is heard of it; None: never."""
-    return min((restoring.give_up_s for restoring in restores), default=None)
+    return min((restoring.check_s for restoring in restores), default=None)

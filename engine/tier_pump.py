@@ -11,8 +11,7 @@ from kvcache.tiers.interface import LowerTiers
 
 
 class LentBlocks:
-    """Implements kvcache.tiers.interface.PoolView: cached blocks that are being copied down are held, and yet no less
-    likely to be evicted afterwards."""
+    """Implements kvcache.tiers.interface.PoolView, and counts what of the pool is held by it."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -25,10 +24,10 @@ class LentBlocks:
         self._pool.hold(blocks)
         self.holds.update(blocks)
 
-    def release(self, blocks: Sequence[BlockId]) -> None:
+    def release(self, blocks: Sequence[BlockId], *, is_used: bool = True) -> None:
         assert all(self.holds[block] for block in blocks), "released blocks that the tiers do not hold"
         self.holds -= Counter(blocks)
-        self._pool.release(blocks, is_used=False)
+        self._pool.release(blocks, is_used=is_used)
 
 
 class TierPump:

@@ -77,12 +77,12 @@ def keeps_ahead(landed: int, layers: int, left_s: float, step_s: float) -> bool:
 
     Layer i has to be there after i layers' compute. It comes after `i + 1 - landed` layers' restore, so it is enough
     to look at the next one and at the last one. Who waits until this holds is done no later than who begins at once
-    and waits in between.
+    and waits in between. As long as nothing has landed, `left_s` is a hope.
     """
     if landed >= layers:
         return True
     next_s, layer_s = left_s / (layers - landed), step_s / layers
-    return next_s <= landed * layer_s and left_s <= (layers - 1) * layer_s
+    return landed > 0 and next_s <= landed * layer_s and left_s <= (layers - 1) * layer_s
 
 
 def should_give_up(waited_s: float, left_s: float, expected_s: float, compute_s: float) -> bool:

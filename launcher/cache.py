@@ -48,36 +48,51 @@ def render(cache: Fields) -> RenderableType:
 
 def tiers_table(workers: Sequence[Fields]) -> Table:
     """A row for each worker and tier."""
-    table = _table("worker", "tier", right=("blocks",))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("worker", overflow="fold")
+    table.add_column("tier", no_wrap=True)
+    table.add_column("blocks", justify="right", no_wrap=True)
     table.add_column("used", no_wrap=True)
-    for column in ("hit tokens", "hit rate", "retained", "restore"):
+    for column in ("hit tokens", "hit rate", "promised", "restore"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
-    for worker in sorted(workers, key=lambda worker: (worker["role"] != "prefill", worker["worker_id"])):
+    for worker in in_order(workers):
         for row in worker_rows(worker):
             table.add_row(*row)
     return table
 
 
+def in_order(workers: Sequence[Fields]) -> Sequence[Fields]:
+    return sorted(workers, key=lambda worker: (worker["role"] != "prefill", worker["worker_id"]))
+
+
 def worker_rows(worker: Fields) -> Iterable[Sequence[str | Text]]:
     name = str(worker["worker_id"])
     if not worker["reachable"]:
-        yield name, "", "", "", "", "", "", "", Text("unreachable", style="red")
-        return
-    if not worker["tiers"]:
-        yield name, "", "", "", "", "", "", "", Text("keeps nothing")
+        yield name, "", "", Text("unreachable", style="red")
+    elif not worker["tiers"]:
+        yield name, "", "", "keeps nothing"
     for index, tier in enumerate(worker["tiers"]):
         yield (
             "" if index else name,
-            TIER_NAMES.get(tier["tier"], str(tier["tier"])),
-            f"{tier['blocks']:,}/{tier['blocks_max']:,}",
+            tier_name(tier),
+            f"{tier['blocks']:,}",
             used(tier),
             f"{tier['hit_tokens']:,}",
             percent(tier["hit_tokens"], worker["queried_tokens"]),
             size(tier["retained_bytes"]) if tier["retained_bytes"] else "",
-            f"{size(tier['restore_bytes_per_s'])}/s" if tier["restore_bytes_per_s"] else "",
-            Text(f"off: {tier['off_reason']}", style="red") if tier["off_reason"] else "",
+            restore(tier),
         )
+
+
+def tier_name(tier: Fields) -> str:
+    return TIER_NAMES.get(tier["tier"], str(tier["tier"]))
+
+
+def restore(tier: Fields) -> str | Text:
+    """How fast blocks come up from there."""
+    if tier["off_reason"]:
+        return Text("off", style="red")
+    return f"{size(tier['restore_bytes_per_s'])}/s" if tier["restore_bytes_per_s"] else ""
 
 
 def used(tier: Fields) -> Text:
@@ -97,6 +112,10 @@ def rates(cache: Fields) -> str:
 
 
 def troubles(cache: Fields) -> Iterable[Text]:
+    for worker in in_order(cache["workers"]):
+        for tier in worker["tiers"]:
+            if tier["off_reason"]:
+                yield Text(f"{tier_name(tier)} of {worker['worker_id']} is off: {tier['off_reason']}", style="red")
     if cache["corrupt_blocks"]:
         yield Text(f"{cache['corrupt_blocks']:,} blocks did not match their digests and were computed again.", "red")
     if cache["dropped_blocks"]:
@@ -105,20 +124,14 @@ def troubles(cache: Fields) -> Iterable[Text]:
 
 def prefixes_table(prefixes: Sequence[Fields]) -> Table:
     """By the hashes of their last blocks: a name, from which no prompt can be read."""
-    table = _table("prefix", "tier", right=("tokens", "uses", "workers"))
-    for prefix in prefixes:
-        tier = TIER_NAMES.get(prefix["tier"], str(prefix["tier"]))
-        counts = (prefix["tokens"], prefix["uses"], len(prefix["workers"]))
-        table.add_row(str(prefix["hash"])[:HASH_DIGITS], tier, *(f"{count:,}" for count in counts))
-    return table
-
-
-def _table(*left: str, right: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    for column in right:
+    table.add_column("prefix", no_wrap=True)
+    table.add_column("tier", no_wrap=True)
+    for column in ("tokens", "uses", "workers"):
         table.add_column(column, justify="right", no_wrap=True)
+    for prefix in prefixes:
+        counts = (prefix["tokens"], prefix["uses"], len(prefix["workers"]))
+        table.add_row(str(prefix["hash"])[:HASH_DIGITS], tier_name(prefix), *(f"{count:,}" for count in counts))
     return table
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from baton.ids import BlockHash
 from kvcache.tiers.index import Mark
 from kvcache.tiers.interface import LowerTier, Slot
 from kvcache.tiers.shelves import Shelves
@@ -38,12 +37,15 @@ class Batch:
 
 
 class Demotions:
-    def __init__(self, shelves: Shelves, io: StoreIo, worth: Worth) -> None:
-        self._shelves, self._io, self._worth = shelves, io, worth
+    def __init__(self, shelves: Shelves, io: StoreIo, worth: Worth, bytes_max: int) -> None:
+        """`bytes_max`: in flight, of all that goes down."""
+        self._shelves, self._io, self._worth, self._bytes_max = shelves, io, worth, bytes_max
         ddr_slots = shelves.slots["ddr"].total
         self._low, self._high = max(1, ddr_slots // LOW_DIVISOR), max(2, ddr_slots // HIGH_DIVISOR)
         self.under_way: list[Demotion] = []
         self._erasing: list[tuple[Job[None], list[Slot]]] = []
+        self.spared: set[int] = set()
+        """Rows that the engine is about to have restored: nothing drops them at once."""
         self.is_scanned = False
         """Until then nobody knows which slots are free."""
 
@@ -72,6 +74,7 @@ class Demotions:
             if job.error is None:
                 self._shelves.slots["ssd"].erased(slots)
             else:
+                self._shelves.slots["ssd"].to_erase += slots
                 self._shelves.turn_off_ssd(f"it could not be erased ({job.error.strerror or job.error}).")
 
     def _land(self, row: int, ddr_slot: Slot, ssd_slot: Slot, is_written: bool) -> None:
@@ -104,12 +107,20 @@ class Demotions:
         if free >= self._low:
             return
         short, batch = self._high - free, Batch([], [])
+        room = self._room()
         for row, value in self._victims(now_s):
-            if short <= 0:
+            length = min(CHAIN, short, room - len(batch.rows))
+            if length <= 0:
                 break
-            chain = self._shelves.index.chain(row, "ddr", min(CHAIN, short))
+            chain = self._shelves.index.chain(row, "ddr", length)
             short -= self._send_down(chain, value, batch, now_s)
         self._submit(batch)
+
+    def _room(self) -> int:
+        """So many blocks may go down now."""
+        if not self._shelves.has_ssd:
+            return self._high
+        return (self._bytes_max - self._io.bytes_in_flight) // self._shelves.row_bytes
 
     def _victims(self, now_s: float) -> Iterator[tuple[int, float]]:
         """Copies of what HBM is not about to evict come first: they can be made again."""
@@ -141,21 +152,19 @@ class Demotions:
 
     def _may_be_lost(self, row: int) -> bool:
         """For want of room below: not what was promised, nor what blocks on the SSD hang on."""
-        index = self._shelves.index
-        if self._shelves.has_ssd and not (self.is_scanned and self._has_room()):
-            return False  # room may come
-        is_bare = not index.children[row] or index.is_in(row, "hbm")
-        return is_bare and not index.is_marked(row, Mark.PROMISED)
+        if self._shelves.has_ssd and not self.is_scanned:
+            return False  # there may be room soon
+        return self._is_bare(row) and not self._shelves.index.is_marked(row, Mark.PROMISED)
 
-    def _has_room(self, rows: int = 1) -> bool:
-        return self._io.has_room_for(rows * self._shelves.row_bytes)
+    def _is_bare(self, row: int) -> bool:
+        """Without its copy in DDR, no block here is without its predecessor."""
+        index = self._shelves.index
+        return not index.children[row] or index.is_in(row, "hbm") or index.is_in(row, "ssd")
 
     def _write(self, lacking: Sequence[int], value: float, batch: Batch, now_s: float) -> int:
         """Adds to the batch what the SSD has room for, or less valuable blocks: the chain's head rather than its tail.
         How many."""
         if not lacking or not self._shelves.has_ssd or not self.is_scanned:
-            return 0
-        if not self._has_room(len(batch.rows) + len(lacking)):
             return 0
         slots = self._ssd_slots(len(lacking), value, now_s)
         rows = list(reversed(lacking))[: len(slots)]
@@ -196,10 +205,9 @@ class Demotions:
         for row, value in self._worth.weakest(tier, now_s):
             chain = self._shelves.index.chain(row, tier, CHAIN) if row in leaves else []
             for each in chain:
-                if newcomer is None or value >= newcomer or each not in leaves:
+                if newcomer is None or value >= newcomer or each not in leaves or each in self.spared:
+                    break
+                if tier == "ddr" and not self._is_bare(each):
                     break
                 self._shelves.let_drop(each, tier)
                 newcomer = next(wanted, None)
-
-    def names_under_way(self) -> list[BlockHash]:
-        return [self._shelves.index.table.name(row) for demotion in self.under_way for row in demotion.rows]

@@ -1,6 +1,7 @@
 """Reading and writing at a place of a file, to the last byte."""
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,20 @@ from dataclasses import dataclass
 Buffers = Sequence[memoryview]
 Transfer = Callable[[int, Buffers, int], int]
 """Of a file, buffers and an offset in it: how many bytes were moved. Raises OSError."""
+Range = Callable[[int, int, int], None]
+"""Of a file, an offset in it and a size in bytes. Raises OSError."""
+_ZERO_RANGE, _KEEP_SIZE = 0x10, 0x01
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def zero(file: int, offset: int, size_bytes: int) -> None:
+    """From now on the range reads as zeros, and keeps its room on the disk; takes microseconds, whatever its size. A
+    file system without FALLOC_FL_ZERO_RANGE leaves it as it is. Raises OSError."""
+    if _fallocate(file, _ZERO_RANGE | _KEEP_SIZE, offset, size_bytes):
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +32,8 @@ class DiskCalls:
 
     preadv: Transfer = os.preadv
     pwritev: Transfer = os.pwritev
-    allocate: Callable[[int, int, int], None] = os.posix_fallocate
+    allocate: Range = os.posix_fallocate
+    zero: Range = zero
     truncate: Callable[[int, int], None] = os.ftruncate
 
     def read(self, file: int, buffers: Buffers, offset: int) -> None:
@@ -27,6 +43,9 @@ class DiskCalls:
     def write(self, file: int, buffers: Buffers, offset: int) -> None:
         """Writes all the buffers. Raises OSError."""
         _transfer(self.pwritev, file, buffers, offset)
+
+
+REAL_CALLS = DiskCalls()
 
 
 def _transfer(call: Transfer, file: int, buffers: Buffers, offset: int) -> None:

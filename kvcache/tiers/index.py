@@ -6,9 +6,9 @@ out: no clock, no chance and no I/O. Places (blocks of the pool, slots) are kept
 memory is zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import IntFlag
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,9 @@ class TierIndex:
         return row if self.is_present(row) else NO_ROW
 
     def are_present(self, rows: Rows) -> NDArray[np.bool_]:
-        return np.logical_or.reduce([self.places[tier][rows] > 0 for tier in TIERS])
+        hbm, ddr, ssd = (self.places[tier][rows] for tier in TIERS)
+        are_present: NDArray[np.bool_] = (hbm | ddr | ssd) > 0
+        return are_present
 
     def is_present(self, row: int) -> bool:
         return bool(self._hbm[row] or self._ddr[row] or self._ssd[row])
@@ -211,8 +213,8 @@ class TierIndex:
     def digest_of(self, row: int) -> int | None:
         return int(self.digest[row]) if self.is_marked(row, Mark.DIGESTED) else None
 
-    def note_copies(self, rows: Rows, copies: Sequence[int]) -> None:
-        self.copies[rows] = np.minimum(np.asarray(copies), COPIES_MAX) + 1
+    def note_copies(self, rows: Rows, copies: NDArray[np.int64]) -> None:
+        self.copies[rows] = np.minimum(copies, COPIES_MAX) + 1
 
     def candidates(self, rows: Rows, now_s: float, saved_s: Callable[[int], float], size_bytes: int) -> Candidates:
         depths = self.depth[rows]
@@ -239,20 +241,25 @@ class TierIndex:
             chain.append(row)
         return chain
 
-    def rows_below(self, tenant: TenantTag | None) -> list[int]:
-        """A tenant's blocks below HBM, or all. O(rows)."""
+    def rows_of(self, tenant: TenantTag | None) -> list[int]:
+        """A tenant's blocks, or all. O(rows)."""
         end = self.table.rows_used + 1
-        is_below = (self.places["ddr"][:end] > 0) | (self.places["ssd"][:end] > 0)
+        is_its = self.are_present(np.arange(end))
         if tenant is not None:
-            is_below &= self.tenant[:end] == self.tenants.find(tenant)
-        return [int(row) for row in np.flatnonzero(is_below)]
+            is_its &= self.tenant[:end] == self.tenants.find(tenant)
+        return [int(row) for row in np.flatnonzero(is_its)]
+
+    def rows_below(self, tenant: TenantTag | None) -> list[int]:
+        """Of these, the ones below HBM."""
+        return [row for row in self.rows_of(tenant) if self.lies_below(row)]
 
     @property
     def size_bytes(self) -> int:
         """Resident, up to the highest row that was used: the table, the columns and the sets of leaves."""
-        columns = (*self.places.values(), self.parent, self.depth, self.children, self.upper_children, self.used_at)
-        columns += (self.uses, self.copies, self.digest, self.tenant, self.marks)
-        a_row = sum(column.itemsize for column in columns) + 2 * np.dtype(np.int32).itemsize
+        links = (self.parent, self.depth, self.children, self.upper_children)
+        columns: list[NDArray[Any]] = [*self.places.values(), *links, self.used_at, self.uses, self.copies]
+        columns += [self.digest, self.tenant, self.marks]
+        a_row = sum(int(column.dtype.itemsize) for column in columns) + 2 * np.dtype(np.int32).itemsize
         members = (self.row_in_block.size + sum(map(len, self.leaves.values()))) * np.dtype(np.int32).itemsize
         return self.table.size_bytes + a_row * (self.table.rows_used + 1) + members
 

@@ -51,7 +51,7 @@ def narrow(numbers: Floats, data: Bytes, dtype: str) -> None:
 
 def _rounded(bits: NDArray[np.uint32], dropped: int) -> NDArray[np.uint32]:
     """Without so many of the lowest bits, to the nearest; to the even one where two are as near."""
-    kept = bits >> dropped
+    kept: NDArray[np.uint32] = bits >> np.uint32(dropped)
     kept &= 1
     kept += bits
     kept += (1 << (dropped - 1)) - 1

@@ -63,7 +63,8 @@ class RestoreJob:
         self._spent: dict[LowerTier, Spent] = {}
         self._result: Restored | None = None
         if not self._left:
-            self._end()
+            with self._changed:
+                self._end()
 
     # ---- the engine's side
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from baton.layout import KVLayout
 from kvcache.tiers.interface import LowerTier
 from kvcache.tiers.io_interface import IoSizes, RestorePart, VerifyDdr
+from kvcache.tiers.io_threads import THREADS
 
 SAMPLE_EVERY = 16
 """Of the blocks from DDR, where a sample is verified."""
@@ -48,7 +49,8 @@ def plan_restore(
     pieces = restore_pieces(parts, layout, sizes, staging_rows)
     checks = to_verify(parts, verify, turn)
     late = sorted(at for at in checks if parts[at].tier == "ddr" and parts[at].storage == "none")
-    late_checks = list(chunks(late, max(1, sizes.piece_bytes // layout.block_bytes)))
+    together = min(sizes.piece_bytes // layout.block_bytes, -(-len(late) // THREADS))
+    late_checks = list(chunks(late, max(1, together)))
     return RestorePlan(parts, pieces, layout.layers, layout.block_bytes, checks, late_checks)
 
 
@@ -93,9 +95,9 @@ def chunks(positions: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
 def to_verify(parts: Sequence[RestorePart], verify: VerifyDdr, turn: int) -> frozenset[int]:
     """The positions of those that are: what comes from the SSD, and from DDR all, none, or every SAMPLE_EVERYth, others
     in another turn."""
-    every = {"always": 1, "sampled": SAMPLE_EVERY, "never": len(parts) + 1}[verify]
+    every = {"always": 1, "sampled": SAMPLE_EVERY}.get(verify)
     in_ddr = [at for at, part in enumerate(parts) if part.tier == "ddr"]
-    sample = in_ddr[turn % every :: every]
+    sample = in_ddr[turn % every :: every] if every else []
     return frozenset(sample) | {at for at, part in enumerate(parts) if part.tier == "ssd"}
 
 

@@ -1,7 +1,7 @@
 """Where blocks lie: the index, the slots and the promises, changed together."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from baton.ids import BlockHash
@@ -20,9 +20,7 @@ LOWER: Final[tuple[LowerTier, ...]] = ("ddr", "ssd")
 class Shelves:
     """For the engine's thread. Everything that puts a block somewhere, or drops it, comes through here."""
 
-    def __init__(
-        self, hbm_blocks: int, ddr_slots: int, ssd_slots: int, row_bytes: int, storage: StorageFormat
-    ) -> None:
+    def __init__(self, hbm_blocks: int, ddr_slots: int, ssd_slots: int, row_bytes: int, storage: StorageFormat) -> None:
         """Of the SSD's slots nothing is known until it has been scanned."""
         self.row_bytes, self.storage = row_bytes, storage
         self.index = TierIndex(hbm_blocks, ddr_slots, ssd_slots)
@@ -65,6 +63,8 @@ class Shelves:
     def forget(self, row: int) -> int:
         """Below HBM, and on the disk; how many copies that were."""
         tiers = [tier for tier in LOWER if self.index.is_in(row, tier)]
+        if "ddr" in tiers:
+            self.index.mark(row, Mark.MOVING, False)  # to the SSD, where it is not wanted any more
         for tier in tiers:
             self.drop(row, tier, erase=True)
         return len(tiers)
@@ -137,6 +137,3 @@ class Shelves:
 def _leading(flags: Sequence[bool]) -> int:
     """How many are true before the first that is not."""
     return flags.index(False) if False in flags else len(flags)
-
-
-Clock = Callable[[], float]

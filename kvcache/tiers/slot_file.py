@@ -19,7 +19,7 @@ import numpy as np
 
 from baton.errors import SettingsError
 from baton.ids import BlockHash
-from kvcache.tiers.disk_calls import DiskCalls, advise
+from kvcache.tiers.disk_calls import REAL_CALLS, DiskCalls, advise
 from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import Rows, Slot, SlotHeader
 from kvcache.tiers.slot_directory import LockedFile, claim, closed_on_error
@@ -75,7 +75,7 @@ class SlotFile:
         size_bytes: int,
         stamp: FileStamp,
         payload_bytes: int,
-        calls: DiskCalls = DiskCalls(),  # noqa: B008 - frozen
+        calls: DiskCalls = REAL_CALLS,
     ) -> Self:
         """This worker's file, found again or made (`slot_directory` says which), of `size_bytes` at most. Raises
         SettingsError, with a sentence, where the directory cannot be used or the disk is too small."""
@@ -133,13 +133,15 @@ class SlotFile:
     def scan(self, found: Callable[[Slot, SlotHeader], None], is_stopped: Callable[[], bool]) -> None:
         """Tells of every slot that holds a block, in order. Other threads may write meanwhile: what it tells of their
         slots may be what they held before."""
+        page = memoryview(bytearray(HEADER_BYTES))
         self._read_ahead(0)
         for first in range(0, self.slots, SCAN_SLOTS):
             if is_stopped():
                 return
             self._read_ahead(first + SCAN_SLOTS)
             for slot in self._batch(first):
-                header = self._format.unpack(os.pread(self._file.fd, HEADER_BYTES, self._offset(slot)))
+                self._calls.read(self._file.fd, [page], self._offset(slot))
+                header = self._format.unpack(page.tobytes())
                 if header is not None:
                     found(slot, header)
             self._forget_cached(self._batch(first))
@@ -149,23 +151,26 @@ class SlotFile:
         for slot in self._batch(first):
             advise(self._file.fd, self._offset(slot), PAGE_BYTES, os.POSIX_FADV_WILLNEED)
 
-    def _batch(self, first: int, count: int = SCAN_SLOTS) -> Sequence[Slot]:
-        return [Slot(slot) for slot in range(first, min(first + count, self.slots))]
+    def _batch(self, first: int) -> Sequence[Slot]:
+        return [Slot(slot) for slot in range(first, min(first + SCAN_SLOTS, self.slots))]
 
     def erase(self, slots: Sequence[Slot]) -> None:
-        """Overwrites their headers. What is left on the disk until the slots are written again is KV of unknown
-        tokens, of nobody knows whom."""
+        """Overwrites their headers, then gives up what followed: reads of the file see zeros there. (A file system that
+        cannot do that keeps KV of unknown tokens, of nobody knows whom, until the slots are written again.)"""
         blank = [memoryview(self._blank.rows[0])]
         for slot in slots:
             self._calls.write(self._fd, blank, self._offset(slot))
+        for run in _runs(slots, self.slots):
+            count = run.stop - run.start
+            self._calls.zero(self._fd, self._offset(slots[run.start]), count * self._slot_bytes)
 
     def erase_all(self) -> None:
-        """No slot holds anything from its first write on, a new generation; then it overwrites all headers. The caller
-        sees to it that nobody writes meanwhile."""
+        """No slot holds anything from its first write on, a new generation; then it erases them. The caller sees to it
+        that nobody writes meanwhile."""
         superblock = replace(self._superblock, generation=self._superblock.generation + 1)
         self._file.write_superblock(superblock, self._calls)
         self._superblock, self._format = superblock, HeaderFormat(superblock)
-        self.erase(self._batch(0, self.slots))
+        self.erase([Slot(slot) for slot in range(self.slots)])
 
     def close(self) -> None:
         """And let another process have it. Idempotent; nobody is in a call."""
@@ -184,12 +189,17 @@ class SlotFile:
         """With the rest of each row's last page."""
         assert rows.shape[1] >= self._superblock.payload_bytes and rows.strides[1] == 1
         assert rows.strides[0] >= self._payload_bytes and not (rows.ctypes.data | rows.strides[0]) % PAGE_BYTES
+        if rows.shape[1] == self._payload_bytes:
+            return rows
         return np.lib.stride_tricks.as_strided(rows, (len(rows), self._payload_bytes))
 
     @contextmanager
     def _header_pages(self) -> Iterator[Rows]:
         """One for each slot of a run, the caller's until the end of the block."""
-        pages = self._pages.pop() if self._pages else HostMemory(self._run_slots, PAGE_BYTES)
+        try:
+            pages = self._pages.pop()
+        except IndexError:
+            pages = HostMemory(self._run_slots, PAGE_BYTES)
         try:
             yield pages.rows
         finally:

@@ -23,6 +23,8 @@ class Slots:
         self._written = np.zeros(count, bool)
         """Hold, or may hold, something that could be read again."""
         self.to_erase: list[Slot] = []
+        self._is_known = are_free
+        """Which slots hold nothing."""
 
     @property
     def free(self) -> int:
@@ -40,7 +42,7 @@ class Slots:
             self._left[slot] = erase
         elif erase:
             self.to_erase.append(slot)
-        else:
+        elif self._is_known:
             self._free.add(BlockId(slot))
 
     def hold(self, slots: Iterable[Slot]) -> None:
@@ -72,22 +74,25 @@ class Slots:
         self._free = kept
 
     def free_others(self, taken: Iterable[Slot]) -> None:
-        """Once it is known which slots hold something."""
+        """Once it is known which slots hold something that is still needed."""
         is_taken = np.ones(self.total + 2, bool)
         is_taken[1:-1] = False
-        for slot in taken:
+        for slot in (*taken, *self._left, *self.to_erase):
             is_taken[slot + 1] = True
         edges = np.flatnonzero(np.diff(is_taken)).reshape(-1, 2)
         for start, end in edges.tolist():
             self._free.add_run(start, end)
+        self._is_known = True
 
     def claim(self, slot: Slot) -> None:
-        """While all are taken: this one holds something."""
+        """Before `free_others`: this one holds something."""
         self._written[slot] = True
 
     def check_integrity(self, in_use: Sequence[Slot]) -> None:
         """Asserts that those in use and those that are not are all slots, each once."""
         free = [slot for start, end in self._free for slot in range(start, end)]
         every = [*free, *in_use, *self._left, *self.to_erase]
-        assert len(every) == len(set(every)) and set(every) <= set(range(self.total))
+        assert len(every) == len(set(every)), "a slot is in two states"
+        assert set(every) <= set(range(self.total))
+        assert not self._is_known or len(every) == self.total, "a slot is lost"
         assert all(holders > 0 for holders in self._holders.values())

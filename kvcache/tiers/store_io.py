@@ -17,6 +17,9 @@ class Job(Protocol[T_co]):
     @property
     def is_done(self) -> bool: ...
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended."""
+
     @property
     def error(self) -> OSError | None: ...
 
@@ -41,8 +44,6 @@ class StoreIo(Protocol):
 
     @property
     def bytes_in_flight(self) -> int: ...
-
-    def has_room_for(self, size_bytes: int) -> bool: ...
 
     def offload(
         self, blocks: Sequence[BlockId], slots: Sequence[Slot], digests: Sequence[int | None]

@@ -5,7 +5,7 @@ gives it up once it has taken as long as computing would have.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ CONFIDENCE = 1 - ERROR_MAX
 """Computing may take so much less than the latency model says, and a fetch must be quicker even then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """What one worker could hand to the others of its kind: the prompt's first `tokens`, always whole blocks."""
 
     peer: int
@@ -36,8 +35,7 @@ class Offer:
     in_ddr: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fetches:
+class Fetches(NamedTuple):
     """An offer as each worker of a fleet sees it, by column."""
 
     offer: Offer
@@ -61,21 +59,22 @@ def find_fetches(
     ties_s: Floats,
     no_peers: Collection[int],
 ) -> list[Fetches]:
-    """One at most for each size of block; none where nothing is gained. `no_peers`: columns that are not asked."""
-    if not fleet.fetching_count or not lengths.lengths or _is_pointless(fleet, reused, queue_s, prefill_s):
+    """One at most for each size of block; none where nothing is gained. `no_peers`: columns that are not
+    asked, and get no prompt either."""
+    if not fleet.fetching_count or not lengths.lengths or _is_pointless(fleet, reused, queue_s, prefill_s, no_peers):
         return []
     offers = best_offers(fleet, tokens, lengths, ties_s, no_peers)
     found = [_fetches(fleet, tokens, offer, reused, prefill_s) for offer in offers]
     return [fetches for fetches in found if np.count_nonzero(fetches.is_quicker)]
 
 
-def _is_pointless(fleet: Fleet, reused: Reuse, queue_s: Floats, prefill_s: Floats) -> bool:
+def _is_pointless(fleet: Fleet, reused: Reuse, queue_s: Floats, prefill_s: Floats, no_peers: Collection[int]) -> bool:
     """Whether one of the workers that prompts are sent to has as long a prefix as anybody, and no other could be
     quicker by more than a fetch takes at least, be it that its queue is shorter or that it computes faster."""
     pool = slice(fleet.pool_count)
     queues_s = queue_s[pool]
     best = int((queues_s + prefill_s[pool] + reused.restore_s[pool]).argmin())
-    if reused.held_tokens.item(best) < reused.held_tokens.max():
+    if best in no_peers or reused.held_tokens.item(best) < reused.held_tokens.max():
         return False
     ahead_s = queues_s.item(best) - queues_s.min() + reused.restore_s.item(best)
     faster = 1 - fleet.token_least_s / max(fleet.token_s.item(best), fleet.token_least_s, 1e-12)

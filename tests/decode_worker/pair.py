@@ -44,6 +44,16 @@ class Answer:
     messages: list[worker_pb2.TokenOutput]
 
 
+Candidate = str | worker_pb2.PrefillCandidate
+"""By its address alone, or with all that is said of it."""
+
+
+def _candidate(candidate: Candidate) -> worker_pb2.PrefillCandidate:
+    if isinstance(candidate, str):
+        return worker_pb2.PrefillCandidate(worker_id=f"worker at {candidate}", address=candidate)
+    return candidate
+
+
 class RouterStream:
     """One router's Serve stream."""
 
@@ -65,7 +75,7 @@ class RouterStream:
         self,
         prompt: Sequence[int],
         sampling: SamplingParams,
-        candidates: Iterable[str] = (),
+        candidates: Iterable[Candidate] = (),
         request_id: str | None = None,
         **fields: Any,
     ) -> str:
@@ -76,9 +86,7 @@ class RouterStream:
             request_id=request_id,
             prompt=prompt,
             sampling=sampling_to_proto(sampling),
-            prefill_candidates=[
-                worker_pb2.PrefillCandidate(worker_id=f"worker at {address}", address=address) for address in candidates
-            ],
+            prefill_candidates=map(_candidate, candidates),
             **fields,
         )
         await self._write(worker_pb2.ServeRequest(submit=submit))
@@ -99,7 +107,7 @@ class RouterStream:
         return Answer(tokens, last.finish_reason, last.timeline, last.cached_tokens, last.error, messages)
 
     async def ask(
-        self, prompt: Sequence[int], sampling: SamplingParams, candidates: Iterable[str] = (), **fields: Any
+        self, prompt: Sequence[int], sampling: SamplingParams, candidates: Iterable[Candidate] = (), **fields: Any
     ) -> Answer:
         return await self.answer(await self.submit(prompt, sampling, candidates, **fields))
 

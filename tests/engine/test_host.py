@@ -20,18 +20,21 @@ from baton.cluster.redis_client import connect_redis
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.cluster.worker_info import WorkerInfo
 from baton.errors import SettingsError
-from baton.ids import BlockHash, RequestId
+from baton.ids import BlockHash, RequestId, WorkerId
 from baton.latency import DEFAULT_LATENCY
 from baton.latency_fit import LatencyFit
-from baton.rpc import transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.rpc import events_pb2, transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
+from engine import tier_metrics
 from engine.arrival_rate import MEMORY_S
 from engine.core import LocalEngine
 from engine.host import WorkerHost
-from engine.interface import EngineRequest, Prefill, StepResult
+from engine.interface import EngineRequest, Prefill, Retention, StepResult
 from engine.worker_servicer import WorkerServicer
 from kvcache.block_hash import BlockHasher, root_hash
+from kvcache.directory.directory import Directory
+from kvcache.tiers.interface import RestoreTiming
 from kvtransfer.link.proof import UNKNOWN_LINK
 
 WAIT_S = 20
@@ -61,12 +64,16 @@ class Worker:
             self.kv_tokens.add(self.host.info.load.kv_tokens)
         self._changed.set()
 
-    async def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 12) -> list[list[int]]:
+    async def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 12, retention: Retention | None = None
+    ) -> list[list[int]]:
         """The tokens of all of them, prompts and outputs."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         ids = [f"r{len(self.ended) + number}" for number in range(len(prompts))]
         for request_id, prompt in zip(ids, prompts, strict=True):
-            request = EngineRequest(RequestId(request_id), tuple(prompt), params, Prefill.HERE)
+            request = EngineRequest(
+                *(RequestId(request_id), tuple(prompt), params, Prefill.HERE), retention=retention or Retention()
+            )
             await self.host.engine.call(lambda engine, request=request: engine.add(request))
         async with asyncio.timeout(WAIT_S):
             while not self.ended.keys() >= set(ids):
@@ -180,7 +187,9 @@ def test_a_snapshot_is_of_the_moment_of_the_call_however_slowly_it_is_read() -> 
     names = b"".join(number.to_bytes(NAME_BYTES, "big") for number in range(20_000))
     state = {"names": names}
     servicer = WorkerServicer(
-        worker_pb2.WorkerStatus, lambda: CacheInventory("e", 3, {"hbm": state["names"]}).messages()
+        worker_pb2.WorkerStatus,
+        lambda: CacheInventory("e", 3, {"hbm": state["names"]}).messages(),
+        None,  # type: ignore[arg-type]
     )
 
     async def main() -> list[worker_pb2.CacheSnapshot]:
@@ -408,3 +417,124 @@ def test_without_a_secret_it_warns_once(serving: Serving, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         serving(test)
     assert sum("no cluster secret" in record.message for record in caplog.records) == 1
+
+
+# ---- what operators ask
+
+
+async def ask(worker: Worker, method: str, request: Any) -> Any:
+    async with grpc.aio.insecure_channel(worker.host.address) as channel:
+        return await getattr(worker_pb2_grpc.WorkerStub(channel), method)(request)
+
+
+def test_it_says_what_its_cache_holds_and_was_good_for(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        shared = random_prompt(64)
+        await worker.generate([shared])
+        await worker.generate([shared + random_prompt(16, seed=1)])
+        status = await ask(worker, "GetCacheStatus", worker_pb2.GetCacheStatusRequest(top_prefixes=5))
+        cached, block_bytes = len(await worker.inventory()), worker.host.model.layout.block_bytes
+        assert status.worker_id == worker.host.worker_id
+        assert [tier.tier for tier in status.tiers] == [events_pb2.TIER_HBM]
+        hbm = status.tiers[0]
+        assert (hbm.blocks, hbm.bytes) == (cached, cached * block_bytes)
+        assert (hbm.blocks_max, hbm.bytes_max) == (96, 96 * block_bytes)
+        assert (hbm.hit_tokens, status.queried_tokens) == (64, 64 + 80)
+        assert (status.fetched_tokens, status.corrupt_blocks, hbm.off_reason) == (0, 0, "")
+
+    serving(test)
+
+
+def test_its_cache_can_be_cleared(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        await worker.generate([random_prompt(64)])
+        cached = len(await worker.inventory())
+        answer = await ask(worker, "ClearCache", worker_pb2.ClearCacheRequest())
+        assert (answer.blocks, answer.bytes) == (cached, cached * worker.host.model.layout.block_bytes)
+        assert not await worker.inventory()
+        async with asyncio.timeout(WAIT_S):
+            while held(await worker.snapshot()):  # noqa: ASYNC110 - the engine tells it with its next step
+                await asyncio.sleep(0.01)
+        again = await ask(worker, "ClearCache", worker_pb2.ClearCacheRequest())
+        assert (again.blocks, again.bytes) == (0, 0)
+
+    serving(test)
+
+
+def test_a_tenant_is_cleared_and_nobody_else(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        (blue,) = await worker.generate([random_prompt(64)], retention=Retention("blue"))
+        (green,) = await worker.generate([random_prompt(64, seed=1)], retention=Retention("green"))
+        await ask(worker, "ClearCache", worker_pb2.ClearCacheRequest(tenant="blue"))
+        assert await worker.inventory() == names(worker, green) != names(worker, blue)
+
+    serving(test)
+
+
+def test_an_engine_that_is_gone_answers_unavailable(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        worker.host.engine.request_stop()
+        for method, request in (
+            ("GetCacheStatus", worker_pb2.GetCacheStatusRequest()),
+            ("ClearCache", worker_pb2.ClearCacheRequest()),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(worker, method, request)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    serving(test)
+
+
+# ---- what it shows
+
+
+def test_its_tiers_are_shown(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_metrics, "PERIOD_S", 0.01)
+
+    async def test(worker: Worker) -> None:
+        await worker.generate([random_prompt(64)])
+        cached = len(await worker.inventory())
+        worker.host._take(StepResult(restored=(RestoreTiming("ddr", 10**6, 0.001),)))
+
+        def shown(name: str, **labels: str) -> float | None:
+            return worker.host.registry.get_sample_value(name, labels)
+
+        async with asyncio.timeout(WAIT_S):
+            while shown("baton_kv_tier_blocks", tier="hbm") != cached:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert shown("baton_kv_tier_capacity_bytes", tier="hbm") == 96 * worker.host.model.layout.block_bytes
+        assert shown("baton_kv_tier_off", tier="hbm") == 0
+        assert shown("baton_kv_tier_hits_tokens_total", tier="hbm") == 0
+        assert shown("baton_kv_tier_restored_bytes_total", tier="ddr") == 10**6
+        assert shown("baton_kv_tier_restore_seconds_total", tier="ddr") == 0.001
+        assert shown("baton_recomputed_tokens_total") == shown("baton_kv_corrupt_blocks_total") == 0
+        info = worker.host.info
+        assert info.fetches and info.latency.restore.keys() == {"ddr"}
+        assert info.latency.restore["ddr"].time_s(10**6) == pytest.approx(0.001)
+        labels = {"role": "decode", "model": worker.host.model.name, "tier": "ddr"}
+        assert shown("baton_latency_restore_bytes_per_second", **labels) == pytest.approx(1e9)
+
+    serving(test)
+
+
+# ---- the directory
+
+
+def test_the_directory_names_what_it_has_and_it_hears_of_pins_and_copies(
+    serving: Serving, redis_server: EmbeddedRedis, key_prefix: str
+) -> None:
+    async def test(worker: Worker) -> None:
+        (tokens,) = await worker.generate([random_prompt(64)])
+        wanted = list(names(worker, tokens))
+        redis = await connect_redis(redis_server.url)
+        peer = Directory(redis, key_prefix, WorkerId("peer"), "e", dict)
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while not all(found := await peer.holders(wanted)) or not found:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert {(h.worker_id, h.tier) for of_name in found for h in of_name} == {(worker.host.worker_id, "hbm")}
+            assert await peer.pin(wanted, worker.host.worker_id, 5.0) == ["hbm"] * len(wanted)
+        finally:
+            await redis.aclose()
+
+    serving(test)

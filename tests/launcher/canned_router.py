@@ -1,5 +1,6 @@
-"""A router that answers every GET alike, and remembers what it was asked."""
+"""A router that answers every request alike, and remembers what it was asked."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ class Canned(ThreadingHTTPServer):
         self.status, self.body = 200, b""
         self.paths: list[str] = []
         self.authorizations: list[str | None] = []
+        self.posts: list[tuple[str, Any]] = []
+        """Paths and bodies."""
 
     @property
     def url(self) -> str:
@@ -23,6 +26,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         assert isinstance(self.server, Canned)
         self.server.paths.append(self.path)
+        self._answer()
+
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Canned)
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.posts.append((self.path, json.loads(body)))
+        self._answer()
+
+    def _answer(self) -> None:
+        assert isinstance(self.server, Canned)
         self.server.authorizations.append(self.headers.get("authorization"))
         self.send_response(self.server.status)
         self.end_headers()

@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("up", "router", "prefill-worker", "decode-worker", "status", "explain", "demo", "version"):
+    for command in ("up", "router", "prefill-worker", "decode-worker", "status", "cache", "explain", "demo", "version"):
         assert run([command, "--help"]) == 0
 
 

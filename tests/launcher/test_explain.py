@@ -145,6 +145,15 @@ def test_who_was_excluded_is_told_by_reason() -> None:
     assert "Excluded: decode-x (cooling down for 4 s)." in shown
 
 
+def test_where_cached_tokens_come_from_is_told_unless_it_is_hbm_alone() -> None:
+    cached = {"cached_tokens_hbm": 512, "cached_tokens_ssd": 2048, "cached_tokens_peer": 1536}
+    fetching = candidate("d", "p1", restore_s=0.02, fetch_from="p0", **cached)
+    shown = " ".join(text(decision(placement(candidates=[fetching, CHOSEN]))).split())
+    told = "not computed: 512 in HBM, 2,048 restored from SSD, 1,536 fetched from p0."
+    assert told in shown and "4,096" in shown, "the table has their sum"
+    assert "not computed" not in text(decision(placement()))
+
+
 def test_a_single_candidate_has_no_margin() -> None:
     assert "less than the next" not in text(decision(placement(candidates=[CHOSEN])))
 

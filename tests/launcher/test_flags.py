@@ -77,3 +77,23 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
 def test_what_only_the_settings_can_judge_is_their_error() -> None:
     with pytest.raises(SettingsError, match="http_port"):
         command(RouterSettings, "--http-port", "99999")
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("4096", 4096), ("4GiB", 4 * 2**30), ("1.5 MB", 1_500_000), ("2kib", 2048), ("7b", 7)]
+)
+def test_sizes_may_have_a_unit(given: str, size: int) -> None:
+    settings = command(UpSettings, "--ddr-bytes", given)
+    assert isinstance(settings, UpSettings) and settings.ddr_bytes == size
+
+
+@pytest.mark.parametrize("given", ["4 G", "GiB", "-1", "1e9", "4 GiBs"])
+def test_what_is_no_size_is_told(given: str) -> None:
+    with pytest.raises(SettingsError, match="ddr_bytes: a size looks like"):
+        command(UpSettings, "--ddr-bytes", given)
+
+
+def test_sizes_may_have_a_unit_in_variables_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_DDR_BYTES", "1GiB")
+    settings = command(UpSettings)
+    assert isinstance(settings, UpSettings) and settings.ddr_bytes == 2**30

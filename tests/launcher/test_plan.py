@@ -1,5 +1,6 @@
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,14 @@ def test_what_is_planned_is_what_the_worker_takes() -> None:
     prefill, decode = plan_workers(up(kv_blocks=7, local_prefill_tokens_max=9), REDIS, "run", cores=4)
     assert PrefillWorkerSettings(**prefill.settings).kv_blocks == 7
     assert DecodeWorkerSettings(**decode.settings).local_prefill_tokens_max == 9
+
+
+def test_workers_get_the_tiers_that_are_asked_for() -> None:
+    tiers = {"ddr_bytes": "2GiB", "ssd_dir": "/var/cache/baton", "ssd_bytes": "8GiB", "kv_compression": "int8"}
+    for plan in plan_workers(up(**tiers, fetch=False), REDIS, "run", cores=4):
+        settings = KINDS[plan.role](**plan.settings)
+        assert (settings.ddr_bytes, settings.ssd_bytes) == (2 * 2**30, 8 * 2**30)
+        assert (settings.ssd_dir, settings.kv_compression, settings.fetch) == (Path("/var/cache/baton"), "int8", False)
 
 
 def test_a_plan_does_not_show_the_password() -> None:

@@ -182,6 +182,7 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.Wor
         self.top_prefixes_asked.append(request.top_prefixes)
         if self.cache_status is None:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        assert self.cache_status is not None
         return self.cache_status
 
     async def ClearCache(  # noqa: N802

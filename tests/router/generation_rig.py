@@ -32,7 +32,7 @@ TIMEOUT_S = 10.0
 class Rig:
     def __init__(self, directory: Path, workers: Sequence[WorkerInfo], options: dict[str, Any]) -> None:
         self.membership, self.registry = ListedMembership(workers), CollectorRegistry()
-        index = PrefixIndex(10_000, monotonic)
+        self.index = index = PrefixIndex(10_000, monotonic)
         self.placer = Placer(index, "least-added-latency", monotonic, Random(1))
 
         def on_change(usable: Sequence[WorkerInfo]) -> None:

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.cluster.worker_info import Role, WorkerInfo
 from baton.ids import RequestId, WorkerId
 from baton.rpc import common_pb2, inference_pb2
-from router.placement.decision import CachedTokens, Candidate, Decision, Excluded, Terms
+from router.placement.decision import CachedTokens, Candidate, Decision, Excluded, Fetch, Terms
 from router.placement.decision_log import DecisionLog, PlacementRecord, RequestRecord
 
 REQUEST = RequestId("r")
@@ -83,6 +85,16 @@ def test_a_decision_is_told_with_every_term() -> None:
     assert chosen.decode_cached_tokens == 16
     assert (other.decode_worker, other.prefill_worker) == ("d2", "")
     assert not placement.HasField("actual")
+
+
+def test_a_fetch_is_told_by_its_worker_and_tokens() -> None:
+    fetch = Fetch(worker("p9", "prefill"), 48, 16, 0.1, 0.5)
+    chosen = replace(DECISION.chosen, cached_tokens=CachedTokens(hbm=32, peer=16), fetch=fetch)
+    decisions = log()
+    decisions.record(RequestRecord(REQUEST), replace(DECISION, chosen=chosen), 0.0001, choice=0, attempt=1)
+    first, second = told(decisions).placements[0].candidates
+    assert (first.cached_tokens_hbm, first.cached_tokens_peer, first.fetch_from) == (32, 16, "p9")
+    assert (second.cached_tokens_peer, second.fetch_from) == (0, "")
 
 
 def test_every_term_has_a_field() -> None:

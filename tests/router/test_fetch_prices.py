@@ -24,6 +24,7 @@ from tests.router.placement_rig import BLOCK_TOKENS, LATENCY, Rig, a_request, a_
 
 NOW_S = 50.0
 BUSY = Load(waiting_tokens=50_000)
+DECODING = Load(running_sequences=40, kv_tokens=40_000, kv_blocks_used=2500)
 QUICK, SLOW = TransferCost(0.001, 1e10), TransferCost(0.001, 1e6)
 
 
@@ -66,7 +67,11 @@ def prefill_s(tokens: int, cached: int) -> float:
 
 def test_an_idle_worker_fetches_what_a_busy_one_holds() -> None:
     tokens, held = 8000, 400
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1", link=TransferCost(0.002, 5e9)), a_fetcher("d", "decode")]
+    workers = [
+        a_fetcher("p0", load=BUSY),
+        a_fetcher("p1", link=TransferCost(0.002, 5e9)),
+        a_fetcher("d", "decode", load=DECODING),
+    ]
     costs = priced(workers, tokens, {0: Prefix(hbm=held), 1: Prefix(hbm=40)})
     fetch = costs.fetch(1)
     assert fetch is not None and fetch.worker.worker_id == "p0"
@@ -83,14 +88,14 @@ def test_an_idle_worker_fetches_what_a_busy_one_holds() -> None:
 
 
 def test_who_holds_most_fetches_nothing() -> None:
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)]
     costs = priced(workers, 8000, {0: Prefix(hbm=400)})
     assert costs.fetch(0) is None and costs.fetch(1) is not None
 
 
 @pytest.mark.parametrize("blocks", [1, 499, 500, 10_000])
 def test_the_last_token_is_always_computed(blocks: int) -> None:
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)]
     for fetch in fetches(priced(workers, 8000, {0: Prefix(hbm=blocks)})):
         assert fetch is None or fetch.tokens <= 7999 // BLOCK_TOKENS * BLOCK_TOKENS
 
@@ -101,27 +106,36 @@ def test_a_fetch_must_be_quicker_even_if_computing_takes_less_than_predicted() -
     size_bytes = held * BLOCK_TOKENS * 100_000
     for share, is_quicker in ((0.99, True), (1.01, False)):
         link = TransferCost(0.0, size_bytes / (share * CONFIDENCE * saved_s))
-        workers = [a_fetcher("p0", load=BUSY, link=link), a_fetcher("p1", link=link), a_fetcher("d", "decode")]
+        workers = [
+            a_fetcher("p0", load=BUSY, link=link),
+            a_fetcher("p1", link=link),
+            a_fetcher("d", "decode", load=DECODING),
+        ]
         fetch = priced(workers, tokens, {0: Prefix(hbm=held)}).fetch(1)
         assert (fetch is not None) is is_quicker
 
 
 def test_who_does_not_fetch_is_priced_without() -> None:
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1", fetches=False), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1", fetches=False), a_fetcher("d", "decode", load=DECODING)]
     costs = priced(workers, 8000, {0: Prefix(hbm=400)})
     assert costs.fetch(1) is None and costs.cached_tokens[1] == 0
     assert costs.fetch(2) is not None, "a decode worker that computes the prompt itself fetches like any other"
 
 
 def test_what_is_fetched_is_not_on_the_decode_worker_of_a_pair() -> None:
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)]
     costs = priced(workers, 8000, {0: Prefix(hbm=400)})
     assert costs.missing_bytes[0] == 8000 * 100_000, "all of the prompt is sent to it"
     assert candidate(pair_of(costs, 1, 2)).decode_cached_tokens.total == 0
 
 
 def test_a_worker_that_failed_is_not_asked() -> None:
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1", load=BUSY), a_fetcher("p2"), a_fetcher("d", "decode")]
+    workers = [
+        a_fetcher("p0", load=BUSY),
+        a_fetcher("p1", load=BUSY),
+        a_fetcher("p2"),
+        a_fetcher("d", "decode", load=DECODING),
+    ]
     lengths = {0: Prefix(hbm=400), 1: Prefix(hbm=200)}
     for not_from, expected in (((), "p0"), (("p0",), "p1"), (("p0", "p1"), None)):
         fetch = priced(workers, 8000, lengths, frozenset(map(WorkerId, not_from))).fetch(2)
@@ -133,7 +147,7 @@ def test_blocks_of_another_size_are_not_fetched() -> None:
         a_fetcher("p0", load=BUSY, block_tokens=32),
         a_fetcher("p1"),
         a_fetcher("p2", block_tokens=32),
-        a_fetcher("d", "decode"),
+        a_fetcher("d", "decode", load=DECODING),
     ]
     costs = priced(workers, 8000, {0: Prefix(hbm=200)})
     assert [fetch is not None for fetch in fetches(costs)] == [False, False, True, False]
@@ -144,14 +158,14 @@ def test_each_size_of_block_has_its_own_peer() -> None:
         a_fetcher("p0", load=BUSY, block_tokens=32),
         a_fetcher("p1", load=BUSY),
         a_fetcher("p2", block_tokens=32),
-        a_fetcher("d", "decode"),
+        a_fetcher("d", "decode", load=DECODING),
     ]
     costs = priced(workers, 8000, {0: Prefix(hbm=200), 1: Prefix(hbm=100)})
     assert [fetch and fetch.worker.worker_id for fetch in fetches(costs)] == [None, None, "p0", "p1"]
 
 
 def test_a_free_holder_leaves_nothing_to_gain() -> None:
-    workers = [a_fetcher("p0"), a_fetcher("p1"), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0"), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)]
     costs = priced(workers, 8000, {0: Prefix(hbm=400)})
     assert costs.fetches == [] and cheapest_pairs(costs, 1)[0].compute == 0
 
@@ -163,7 +177,7 @@ TIER: Mapping[Tier, TransferCost] = {"ddr": TransferCost(0.003, 2e10), "ssd": Tr
 
 
 def test_the_peers_own_restore_is_part_of_a_fetch() -> None:
-    workers = [a_fetcher("p0", load=BUSY, restore=TIER), a_fetcher("p1"), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0", load=BUSY, restore=TIER), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)]
     costs = priced(workers, 16_000, {0: Prefix(hbm=100, ddr=200, ssd=300), 1: Prefix(hbm=150)})
     fetch = costs.fetch(1)
     assert fetch is not None and fetch.tokens == 600 * BLOCK_TOKENS
@@ -175,13 +189,17 @@ def test_the_peers_own_restore_is_part_of_a_fetch() -> None:
 def test_what_a_peer_is_too_slow_to_bring_up_is_not_fetched() -> None:
     slow: Mapping[Tier, TransferCost] = {"ddr": TIER["ddr"], "ssd": SLOW}
     for restore, blocks in ((TIER, 600), (slow, 300), ({"ssd": QUICK}, 100)):
-        workers = [a_fetcher("p0", load=BUSY, restore=restore), a_fetcher("p1"), a_fetcher("d", "decode")]
+        workers = [
+            a_fetcher("p0", load=BUSY, restore=restore),
+            a_fetcher("p1"),
+            a_fetcher("d", "decode", load=DECODING),
+        ]
         fetch = priced(workers, 16_000, {0: Prefix(hbm=100, ddr=200, ssd=300)}).fetch(1)
         assert fetch is not None and fetch.tokens == blocks * BLOCK_TOKENS
 
 
 def test_a_fetch_comes_after_all_that_the_worker_has_itself() -> None:
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1", restore=TIER), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1", restore=TIER), a_fetcher("d", "decode", load=DECODING)]
     costs = priced(workers, 16_000, {0: Prefix(hbm=600), 1: Prefix(hbm=50, ddr=100)})
     fetch, block = costs.fetch(1), BLOCK_TOKENS * 100_000
     assert fetch is not None and fetch.fetched_tokens == 450 * BLOCK_TOKENS
@@ -194,11 +212,11 @@ def test_a_fetch_comes_after_all_that_the_worker_has_itself() -> None:
 # ---- any fleet
 
 
-links = st.builds(TransferCost, st.sampled_from([0.0, 0.001, 0.05]), st.sampled_from([1e8, 1e9, 1e11]))
+links = st.builds(TransferCost, st.sampled_from([0.0, 0.001, 0.05]), st.sampled_from([1e9, 1e10, 1e11]))
 restores = st.dictionaries(st.sampled_from(["ddr", "ssd"]), links)
 latencies = st.builds(
     WorkerLatency,
-    st.builds(PrefillCost, st.floats(0, 0.05), st.floats(0, 1e-3), st.floats(0, 1e-7)),
+    st.builds(PrefillCost, st.floats(0, 0.05), st.floats(1e-4, 1e-3), st.floats(0, 1e-7)),
     st.just(DecodeCost(0.01, 1e-4, 1e-7)),
     links,
     restores,
@@ -213,15 +231,15 @@ def fleets(draw: st.DrawFn) -> tuple[list[WorkerInfo], int, dict[int, Prefix]]:
             f"w{number}",
             role,  # type: ignore[arg-type]
             latency=draw(latencies),
-            load=draw(st.sampled_from([Load(), BUSY])),
-            fetches=draw(st.booleans()),
+            load=draw(st.sampled_from([Load(), BUSY, BUSY])),
+            fetches=draw(st.sampled_from([True, True, True, False])),
         )
         for number, role in enumerate(roles)
     ]
     counts = st.integers(0, 60)
     columns = st.integers(0, len(workers) - 1)
     lengths = draw(st.dictionaries(columns, st.builds(Prefix, counts, counts, counts).filter(lambda p: p.blocks > 0)))
-    return workers, draw(st.integers(1, 3000)), lengths
+    return workers, draw(st.one_of(st.integers(1, 3000), st.integers(1000, 3000))), lengths
 
 
 def own_options(worker: WorkerInfo, tokens: int, prefix: Prefix) -> list[tuple[int, float]]:
@@ -250,7 +268,7 @@ def fetch_by_hand(here: WorkerInfo, peer: WorkerInfo, held_blocks: int, until_bl
     in_tier = ["hbm"] * prefix.hbm + ["ddr"] * prefix.ddr + ["ssd"] * prefix.ssd
     for tier in ("ddr", "ssd"):
         if count := in_tier[held_blocks:until_blocks].count(tier):
-            seconds += peer.latency.restore[tier].time_s(count * peer.kv_block_bytes)  # type: ignore[index]
+            seconds += peer.latency.restore[tier].time_s(count * peer.kv_block_bytes)
     return seconds
 
 
@@ -293,7 +311,7 @@ def test_every_price_is_what_the_formula_says_of_one_worker(
 
 
 def test_the_books_count_what_is_fetched_as_cached() -> None:
-    busy = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode")]
+    busy = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)]
     rig = Rig(busy)
     request = a_request(8000)
     rig.hold("p0", request, 400)
@@ -306,18 +324,26 @@ def test_the_books_count_what_is_fetched_as_cached() -> None:
 
 
 def test_an_excluded_worker_is_not_asked_for_its_blocks() -> None:
-    rig = Rig([a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode")])
+    rig = Rig([a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)])
     request = a_request(8000)
     rig.hold("p0", request, 400)
     assert rig.placer.place(request).chosen.fetch is not None
     assert rig.placer.place(request, {WorkerId("p0"): "it failed"}).chosen.fetch is None
 
 
+def test_an_excluded_holder_that_is_free_hides_no_other_that_is_busy() -> None:
+    workers = [a_fetcher("p0"), a_fetcher("p1", load=BUSY), a_fetcher("p2"), a_fetcher("d", "decode", load=DECODING)]
+    lengths = {0: Prefix(hbm=400), 1: Prefix(hbm=400)}
+    assert priced(workers, 8000, lengths).fetch(2) is None
+    fetch = priced(workers, 8000, lengths, frozenset([WorkerId("p0")])).fetch(2)
+    assert fetch is not None and fetch.worker.worker_id == "p1"
+
+
 def test_fallbacks_have_plans_of_their_own() -> None:
     rig = Rig(
         [
             *(a_fetcher(f"p{number}", load=BUSY if number == 0 else None) for number in range(3)),
-            a_fetcher("d", "decode"),
+            a_fetcher("d", "decode", load=DECODING),
         ]
     )
     request = a_request(8000)
@@ -331,7 +357,7 @@ def test_fallbacks_have_plans_of_their_own() -> None:
 
 
 def test_chunks_are_counted_for_what_is_left() -> None:
-    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode")]
+    workers = [a_fetcher("p0", load=BUSY), a_fetcher("p1"), a_fetcher("d", "decode", load=DECODING)]
     costs = priced(workers, 8000, {0: Prefix(hbm=400)})
     left = 8000 - 400 * BLOCK_TOKENS
     context_s = LATENCY.prefill.token_context_s * left * (400 * BLOCK_TOKENS + left / 2)

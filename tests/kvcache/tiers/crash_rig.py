@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import NoReturn
 
-from kvcache.tiers.disk_calls import Buffers, DiskCalls
+from kvcache.tiers.disk_calls import Buffers, DiskCalls, zero
 from kvcache.tiers.slot_format import PAGE_BYTES
 
 Done = Callable[[int], None]
@@ -60,7 +60,7 @@ class CountedCalls:
 
     def __init__(self, fatal: int, seed: int) -> None:
         self.count, self._fatal, self._random = 0, fatal, Random(seed)
-        self.calls = DiskCalls(os.preadv, self._pwritev, self._allocate, self._truncate)
+        self.calls = DiskCalls(os.preadv, self._pwritev, self._allocate, self._zero, self._truncate)
 
     def _pwritev(self, file: int, buffers: Buffers, offset: int) -> int:
         if self._is_fatal():
@@ -80,6 +80,12 @@ class CountedCalls:
             os.posix_fallocate(file, offset, max(1, self._random.randrange(size_bytes)))
             _die()
         os.posix_fallocate(file, offset, size_bytes)
+
+    def _zero(self, file: int, offset: int, size_bytes: int) -> None:
+        if self._is_fatal():
+            zero(file, offset, PAGE_BYTES * self._random.randint(1, size_bytes // PAGE_BYTES))
+            _die()
+        zero(file, offset, size_bytes)
 
     def _truncate(self, file: int, size_bytes: int) -> None:
         if self._is_fatal():

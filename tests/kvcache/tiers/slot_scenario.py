@@ -12,6 +12,9 @@ from slot_rig import name_of, open_file, slots_from, write_blocks
 from baton.ids import BlockHash
 from kvcache.tiers.disk_calls import DiskCalls
 
+Kind = Literal["open", "write", "erase", "erase_all"]
+KINDS: dict[Kind, int] = {"write": 12, "erase": 2, "erase_all": 1, "open": 2}
+"""By how often."""
 SLOTS = 12
 RUN_MAX = 4
 
@@ -20,7 +23,7 @@ RUN_MAX = 4
 class Step:
     """Of a scenario. `open` is always the first."""
 
-    kind: Literal["open", "write", "erase", "erase_all"]
+    kind: Kind
     first: int = 0
     names: tuple[BlockHash, ...] = ()
     """Written; or, how many are erased."""
@@ -32,7 +35,7 @@ def steps_of(seed: int) -> list[Step]:
     random = Random(f"steps {seed}")
     steps, slots = [Step("open", slots=SLOTS)], SLOTS
     for number in range(1, random.randint(6, 14)):
-        kind = random.choices(("write", "erase", "erase_all", "open"), (12, 2, 1, 2))[0]
+        kind = random.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "open":
             slots = random.choice((SLOTS - 3, SLOTS, SLOTS + 4))
             steps.append(Step("open", slots=slots))

@@ -1,4 +1,4 @@
-"""A worker that is killed in the middle of anything finds what it had written, and nothing else, when it starts anew."""
+"""A worker killed in the middle of anything finds what it had written, and nothing else, when it starts anew."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from crash_rig import Killed, killed_at_seeded_points
 from slot_rig import is_served, name_of, opened, read_block, scanned, write_blocks
 from slot_scenario import Expected, scenario, steps_of
+
+from kvcache.tiers.interface import Slot
 
 SEEDS = range(160)
 
@@ -28,14 +30,14 @@ def check(killed: Killed) -> Counter[str]:
         expected.after(step)
     torn = steps[killed.done]
     touched, written = expected.touched_by(torn), expected.written_by(torn)
-    seen = Counter({torn.kind: 1})
+    seen: Counter[str] = Counter([torn.kind])
     with opened(killed.directory, torn.slots or expected.slots) as file:
         found = scanned(file)
         served = {slot: header.name for slot, header in found.items() if is_served(file, slot, header.name)}
         context = f"{killed}, in {torn}"
         for slot, name in expected.held.items():
             if slot not in touched:
-                assert served.get(slot) == name, context
+                assert served.get(Slot(slot)) == name, context
                 seen["kept"] += 1
         for slot, name in served.items():
             allowed = {expected.held.get(slot), written.get(slot)} if slot in touched else {expected.held.get(slot)}
