@@ -11,7 +11,7 @@ from kvcache.tiers.row_set import RowSet
 
 SAMPLE: Final = 128
 """Of the leaves, so many are drawn, as in the tiers."""
-DROPPED_OF_SAMPLE: Final = 8
+DROPPED_OF_SAMPLE: Final = 4
 """And so many of them dropped, at most, before others are drawn."""
 
 

@@ -22,9 +22,10 @@ from baton.digest import block_digests
 from baton.ids import BlockHash, BlockId, TenantTag
 from baton.layout import KVLayout
 from bench.tiers.raw import disk_read_gb_per_s, memcpy_gb_per_s
+from kvcache.tiers.codec import codec_for
 from kvcache.tiers.copier import HostCopier
 from kvcache.tiers.host_memory import HostMemory
-from kvcache.tiers.interface import LowerTier, Slot, SlotHeader
+from kvcache.tiers.interface import LowerTier, Slot, SlotHeader, StorageFormat
 from kvcache.tiers.io_interface import RestorePart, VerifyDdr
 from kvcache.tiers.slot_file import SlotFile
 from kvcache.tiers.slot_format import file_stamp, slot_bytes
@@ -52,6 +53,8 @@ class RestoreRig:
     io: TierIo
     names: Sequence[BlockHash]
     digests: Sequence[int]
+    """As stored."""
+    storage: StorageFormat
     order: Random
 
     def restore(self, tier: LowerTier, count: int) -> tuple[float, float]:
@@ -59,7 +62,7 @@ class RestoreRig:
         first layer and until all had landed and was verified."""
         places = self.order.sample(range(len(self.names)), count)
         parts = [
-            RestorePart(tier, Slot(slot), self.names[slot], self.digests[slot], "none", BlockId(place))
+            RestorePart(tier, Slot(slot), self.names[slot], self.digests[slot], self.storage, BlockId(place))
             for slot, place in enumerate(places)
         ]
         begin_s = time.perf_counter()
@@ -72,20 +75,24 @@ class RestoreRig:
 
 
 @contextmanager
-def restore_rig(layout: KVLayout, directory: Path, verify_ddr: VerifyDdr) -> Iterator[RestoreRig]:
+def restore_rig(
+    layout: KVLayout, directory: Path, verify_ddr: VerifyDdr, storage: StorageFormat = "none"
+) -> Iterator[RestoreRig]:
     """Makes a file in the directory, and takes it away again."""
     blocks = layout.pool_blocks
-    memory = memoryview(np.random.default_rng(0).bytes(layout.region_bytes))
-    pool = memoryview(bytearray(memory))
-    ddr = HostMemory(blocks, layout.block_bytes)
-    stamp = file_stamp(f"bench-{os.getpid()}", layout, "none", layout.block_bytes)
-    file = SlotFile.open(directory, (blocks + 1) * slot_bytes(layout.block_bytes), stamp, layout.block_bytes)
+    numbers = np.random.default_rng(0).standard_normal(layout.region_bytes // 4, np.float32)
+    pool = numbers.data.cast("B")
+    codec = codec_for(storage, layout)
+    row_bytes = codec.stored_bytes if codec else layout.block_bytes
+    ddr = HostMemory(blocks, row_bytes)
+    stamp = file_stamp(f"bench-{os.getpid()}", layout, storage, row_bytes)
+    file = SlotFile.open(directory, (blocks + 1) * slot_bytes(row_bytes), stamp, row_bytes)
     ended = threading.Event()
     io = TierIo(
         HostCopier(pool, layout),
         ddr,
         file,
-        None,
+        codec,
         lambda some: block_digests(pool, layout, some),
         layout,
         layout.region_bytes,
@@ -100,12 +107,12 @@ def restore_rig(layout: KVLayout, directory: Path, verify_ddr: VerifyDdr) -> Ite
         digests = [digest for digest in down.result if digest is not None]
         tenant = TenantTag(bytes(8))
         headers = [
-            SlotHeader(name, names[0], at, digest, "none", tenant)
+            SlotHeader(name, names[0], at, digest, storage, tenant)
             for at, (name, digest) in enumerate(zip(names, digests, strict=True))
         ]
         written = io.demote(slots, slots, headers)
         assert written.wait(WAIT_S) and written.error is None, written.error
-        yield RestoreRig(layout, io, names, digests, Random(0))
+        yield RestoreRig(layout, io, names, digests, storage, Random(0))
     finally:
         io.close()
         ddr.close()
@@ -113,8 +120,10 @@ def restore_rig(layout: KVLayout, directory: Path, verify_ddr: VerifyDdr) -> Ite
         file.path.unlink()
 
 
-def measure_restores(layout: KVLayout, count: int, directory: Path, runs: int = 9) -> list[RestoreSpeed]:
-    """The medians of some runs each."""
+def measure_restores(
+    layout: KVLayout, count: int, directory: Path, storage: StorageFormat = "none", runs: int = 9
+) -> list[RestoreSpeed]:
+    """GB/s of KV in the pool; the medians of some runs each."""
     speeds = []
     cases: list[tuple[LowerTier, VerifyDdr]] = [
         ("ddr", "never"),
@@ -123,7 +132,7 @@ def measure_restores(layout: KVLayout, count: int, directory: Path, runs: int = 
         ("ssd", "never"),
     ]
     for tier, verify in cases:
-        with restore_rig(layout, directory, verify) as rig:
+        with restore_rig(layout, directory, verify, storage) as rig:
             times = [rig.restore(tier, count) for _ in range(runs)]
         first_s, whole_s = (statistics.median(column) for column in zip(*times, strict=True))
         source = tier if tier == "ssd" else f"{tier}, verified {verify}"
@@ -135,11 +144,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--blocks", type=int, default=256)
+    parser.add_argument("--storage", choices=["none", "int8"], default="none")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     size_bytes = arguments.blocks * LAYOUT.block_bytes
     memcpy, (disk, _) = memcpy_gb_per_s(size_bytes), disk_read_gb_per_s(arguments.directory, size_bytes)
-    speeds = measure_restores(LAYOUT, arguments.blocks, arguments.directory)
+    speeds = measure_restores(LAYOUT, arguments.blocks, arguments.directory, arguments.storage)
     if arguments.json:
         restores = [{"source": s.source, "gb_per_s": s.gb_per_s, "first_layer_s": s.first_layer_s} for s in speeds]
         print(json.dumps({"memcpy_gb_per_s": memcpy, "disk_read_gb_per_s": disk, "restore": restores}))

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from baton.clock import Clock, monotonic
@@ -19,7 +20,10 @@ from baton.rpc import common_pb2
 from engine.acquire import acquire
 from engine.interface import Engine, Reserved, Retention
 from engine.prefetch_metrics import PrefetchMetrics
+from engine.running_fetch import RunningFetch
+from engine.sequence import root_of
 from engine.thread import EngineThread
+from kvcache.block_hash import block_hashes
 from kvtransfer.fetch.client import Fetched
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,8 @@ FETCH_SHARE = 0.9
 """Of the time there is, after which a fetch is taken back: the answer comes in the rest."""
 PREFETCHES_MAX = 64
 """At one time, with those that no request waits for any more; past it prompts are computed."""
+ROUNDS_MAX = 3
+"""For what other requests fetch already, and for what is lacking then."""
 PIN_S = 10.0
 """How long the peer is asked to keep what it is about to be asked for."""
 
@@ -39,6 +45,17 @@ class Prefetched:
     """Of the prompt, that lie in HBM now and were fetched."""
     seconds: float = 0.0
     """That the request has waited for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """For some blocks of a fetch, so long at most."""
+
+    fetch: RunningFetch
+    names: Sequence[BlockHash]
+    within_s: float
+    is_own: bool
+    """Begun for this request."""
 
 
 class BlockFetcher(Protocol):
@@ -85,7 +102,8 @@ class Prefetcher(Generic[E]):
         self._worker_id, self._engine, self._fetcher, self._speed = worker_id, engine, fetcher, speed
         self._metrics, self._on_transferred, self._pin = metrics, on_transferred, pin
         self._is_on, self._clock = is_on, clock
-        self._under_way: set[asyncio.Task[int]] = set()
+        self._running: dict[BlockHash, RunningFetch] = {}
+        """By the first block that is lacking: who lacks the same waits for the same."""
         self._behind: set[asyncio.Task[None]] = set()
         """What nobody waits for: pins, and blocks that are not settled."""
 
@@ -107,21 +125,26 @@ class Prefetcher(Generic[E]):
         if reason := self._reason_against(plan):
             log.debug("request %s: nothing is fetched: %s", request_id, reason)
             return NOTHING
-        try:
-            reserved = await acquire(
-                self._engine, lambda engine: engine.reserve(prompt, cache_salt, plan.blocks), _give_back
+        names = self._names(plan, prompt, cache_salt)
+        blocks, waited_s = 0, 0.0
+        for _ in range(ROUNDS_MAX):
+            wait = (
+                self._join(plan, names, waited_s)
+                or await self._begin(request_id, plan, prompt, cache_salt, retention, cancelled, waited_s)
+                or self._join(plan, names, waited_s)  # there was no room, perhaps because somebody else had it
             )
-        except BatonError as error:
-            log.debug("request %s: nothing is fetched: %s", request_id, error)
-            return NOTHING
-        if not reserved.names or cancelled.is_set():
-            self._adopt(reserved, (), retention)
-            return NOTHING
-        return await self._fetch_in_time(request_id, plan, reserved, retention, cancelled)
+            if wait is None or wait.within_s <= 0:
+                break
+            began_s = self._clock()
+            blocks += await wait.fetch.blocks(wait.names, wait.within_s, cancelled)
+            waited_s += self._clock() - began_s
+            if wait.is_own or cancelled.is_set():
+                break
+        return Prefetched(blocks * self._engine.model.layout.block_tokens, waited_s)
 
     async def close(self) -> None:
         """Waits for nothing any more: the region goes with the worker. Idempotent."""
-        tasks = {*self._under_way, *self._behind}
+        tasks = {*(fetch.task for fetch in self._running.values()), *self._behind}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,44 +159,63 @@ class Prefetcher(Generic[E]):
             return "the plan names this worker itself"
         if plan.block_tokens != block_tokens:
             return f"the other's blocks are of {plan.block_tokens} tokens, this worker's of {block_tokens}"
-        if len(self._under_way) >= PREFETCHES_MAX:
+        if len(self._running) >= PREFETCHES_MAX:
             return f"{PREFETCHES_MAX} fetches are under way"
         return ""
 
     # ---- one fetch
 
-    async def _fetch_in_time(
+    def _names(self, plan: common_pb2.FetchPlan, prompt: Sequence[int], cache_salt: str) -> list[BlockHash]:
+        """Of the blocks that the peer has."""
+        model = self._engine.model
+        block_tokens = model.layout.block_tokens
+        return block_hashes(root_of(model, cache_salt), prompt[: plan.blocks * block_tokens], block_tokens)
+
+    def _join(self, plan: common_pb2.FetchPlan, names: Sequence[BlockHash], waited_s: float) -> "_Wait | None":
+        """For what another request fetches already."""
+        for index, name in enumerate(names):
+            if fetch := self._running.get(name):
+                wanted = names[index:]
+                within_s = self._within_s(plan, fetch.in_common(wanted), index) - waited_s
+                return _Wait(fetch, wanted, within_s, is_own=False)
+        return None
+
+    async def _begin(
         self,
         request_id: RequestId,
         plan: common_pb2.FetchPlan,
-        reserved: Reserved,
+        prompt: Sequence[int],
+        cache_salt: str,
         retention: Retention,
         cancelled: asyncio.Event,
-    ) -> Prefetched:
-        began_s, within_s = self._clock(), self._within_s(plan, reserved)
-        if within_s <= plan.fetch_s:
-            self._adopt(reserved, (), retention)
-            return NOTHING
-        taken_back, is_awaited = asyncio.Event(), False
-        deadline_s = FETCH_SHARE * within_s
-        work = asyncio.create_task(self._fetch(request_id, plan, reserved, retention, deadline_s, taken_back))
-        self._under_way.add(work)
-        work.add_done_callback(self._under_way.discard)
-        waiting = asyncio.ensure_future(cancelled.wait())
+        waited_s: float,
+    ) -> "_Wait | None":
+        """None: nothing is lacking, there is no room for it, or computing it is as quick."""
         try:
-            await asyncio.wait({work, waiting}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
-            is_awaited = not cancelled.is_set()
-        finally:
-            waiting.cancel()
-            if not is_awaited:
-                taken_back.set()
-        tokens = work.result() if work.done() and not work.cancelled() else 0
-        return Prefetched(tokens, self._clock() - began_s)
+            reserved = await acquire(
+                self._engine, lambda engine: engine.reserve(prompt, cache_salt, plan.blocks), _give_back
+            )
+        except BatonError as error:
+            log.debug("request %s: nothing is fetched: %s", request_id, error)
+            return None
+        names = reserved.names
+        within_s = self._within_s(plan, len(names), len(reserved.held)) - waited_s if names else 0.0
+        if within_s <= plan.fetch_s or cancelled.is_set():
+            self._adopt(reserved, (), retention)
+            return None
+        if others := self._running.get(names[0]):  # begun while the engine was asked
+            self._adopt(reserved, (), retention)
+            return _Wait(others, names, within_s, is_own=False)
+        fetch = self._running[names[0]] = RunningFetch(
+            names, partial(self._fetch, request_id, plan, reserved, retention, FETCH_SHARE * within_s)
+        )
+        fetch.task.add_done_callback(lambda _: self._running.pop(names[0]))
+        return _Wait(fetch, names, within_s, is_own=True)
 
-    def _within_s(self, plan: common_pb2.FetchPlan, reserved: Reserved) -> float:
+    def _within_s(self, plan: common_pb2.FetchPlan, blocks: int, behind: int) -> float:
+        """So long computing so many blocks behind others takes, by whoever says less."""
         block_tokens = self._engine.model.layout.block_tokens
-        new, cached = len(reserved.names) * block_tokens, len(reserved.held) * block_tokens
-        return min(plan.compute_s, self._speed.compute_s(new, cached))
+        return min(plan.compute_s, self._speed.compute_s(blocks * block_tokens, behind * block_tokens))
 
     async def _fetch(
         self,
@@ -184,7 +226,7 @@ class Prefetcher(Generic[E]):
         deadline_s: float,
         taken_back: asyncio.Event,
     ) -> int:
-        """The tokens that came. Sees to the reserved blocks, whoever waits for it."""
+        """The blocks that came. Sees to the reserved ones, whoever waits for it."""
         began_s = self._clock()
         if self._pin is not None:
             self._leave(self._pin_there(self._pin, reserved.names, WorkerId(plan.worker_id)))
@@ -196,7 +238,7 @@ class Prefetcher(Generic[E]):
         self._metrics.ended(fetched, len(reserved.names), tokens, self._clock() - began_s)
         if fetched.error is not None:
             log.info("request %s: %d blocks fetched: %s", request_id, fetched.blocks, fetched.error)
-        return tokens
+        return fetched.blocks
 
     def _take_in(self, fetched: Fetched, reserved: Reserved, retention: Retention) -> None:
         if fetched.settling is not None:

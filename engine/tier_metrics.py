@@ -53,6 +53,9 @@ class TierMetrics(Collector):
         yield _counter(
             "hits_tokens", "Prompt tokens found in a tier", states, lambda state: hit_tokens(stats, state.tier)
         )
+        below = [state for state in states if state.tier != "hbm"]
+        yield _counter("stored_bytes", "KV that came down into a tier", below, lambda state: state.stored_bytes)
+        yield _gauge("arriving_bytes", "KV on its way down into it", below, lambda state: state.arriving_bytes)
         for name, help_text, value in (
             ("baton_kv_dropped_blocks", "KV blocks that left HBM for no lower tier", report.dropped_blocks),
             ("baton_kv_corrupt_blocks", "Restored KV blocks that did not match their digests", report.corrupt_blocks),

@@ -96,9 +96,9 @@ def restore(tier: Fields) -> str | Text:
 
 
 def used(tier: Fields) -> Text:
-    """A bar, as long as the tier is full."""
+    """A bar, as long as the tier is full; something is there where anything is."""
     share = min(1.0, tier["bytes"] / tier["bytes_max"]) if tier["bytes_max"] else 0.0
-    filled = round(share * BAR_COLUMNS)
+    filled = max(round(share * BAR_COLUMNS), bool(share))
     bar = Text("█" * filled, style="cyan") + Text("░" * (BAR_COLUMNS - filled))
     return bar + Text(f" {size(tier['bytes'])} of {size(tier['bytes_max'])}")
 
@@ -108,7 +108,7 @@ def rates(cache: Fields) -> str:
     if not cache["queried_tokens"]:
         return "No prompt has been looked up yet."
     found = ", ".join(f"{cache['hit_rates'][tier]:.1%} {name}" for tier, name in TIER_NAMES.items())
-    return f"Of {cache['queried_tokens']:,} prompt tokens: {found}."
+    return f"Of {cache['queried_tokens']:,} prompt tokens looked up: {found}."
 
 
 def troubles(cache: Fields) -> Iterable[Text]:

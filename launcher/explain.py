@@ -172,7 +172,8 @@ def has_ended(actual: Fields) -> bool:
 def phase_rows(predicted: Fields, actual: Fields) -> Iterable[Sequence[str]]:
     waits = predicted["queue_s"] + predicted["admission_s"], actual["queue_s"] + actual["prefill_queue_s"]
     yield in_milliseconds("queue and admission", *waits)
-    yield in_milliseconds("restore and prefill", predicted["restore_s"] + predicted["prefill_s"], actual["prefill_s"])
+    computing = predicted["restore_s"] + predicted["prefill_s"], actual["prefill_s"] + actual.get("fetch_s", 0.0)
+    yield in_milliseconds("restore and prefill", *computing)
     yield in_milliseconds("transfer not hidden", predicted["transfer_s"], actual["transfer_exposed_s"])
 
 
@@ -181,6 +182,10 @@ def total_rows(predicted: Fields, actual: Fields) -> Iterable[Sequence[str]]:
     if actual["itl_s"]:
         yield in_milliseconds("inter-token latency", predicted["itl_s"], actual["itl_s"])
     yield "cached tokens", f"{cached_tokens(predicted):,}", f"{actual['cached_tokens']:,}"
+    for what, sources in (("restored", ("ddr", "ssd")), ("fetched", ("peer",))):
+        counts = sum(predicted.get(f"cached_tokens_{source}", 0) for source in sources), actual.get(f"{what}_tokens", 0)
+        if any(counts):
+            yield f"{what} tokens", *(f"{count:,}" for count in counts)
 
 
 def in_milliseconds(what: str, predicted_s: float, measured_s: float) -> Sequence[str]:

@@ -417,6 +417,8 @@ def _fetch_plan(fetch: Fetch | None) -> common_pb2.FetchPlan | None:
 
 def _count_placement(metrics: ModelMetrics, decision: Decision, decided_in_s: float) -> None:
     (metrics.placements_local if decision.chosen.prefill is None else metrics.placements_pair).inc()
+    if decision.chosen.fetch is not None:
+        metrics.placements_fetching.inc()
     metrics.decision_s.observe(decided_in_s)
 
 

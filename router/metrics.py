@@ -61,6 +61,9 @@ class _Families:
         self.waiting = gauge("baton_requests_waiting", "Sequences placed and without a token yet")
         self.retries = counter("baton_placement_retries", "Sequences placed again because a worker failed them")
         self.placements = counter("baton_placements", "Sequences placed, on a pair or on a decode worker alone", "kind")
+        self.fetches = counter(
+            "baton_placement_fetches", "Sequences placed where a prefix is to be fetched from another worker first"
+        )
         self.decision_s = histogram("baton_placement_decision_seconds", "Time that a placement took", _DECISION_S)
         self.prediction_error_ratio = histogram(
             "baton_placement_prediction_error_ratio", "What was measured, over what was predicted", _RATIO, "quantity"
@@ -82,6 +85,7 @@ class ModelMetrics:
         """Failovers, whether tokens had come or not."""
         self.placements_pair = families.placements.labels(model, "pair")
         self.placements_local = families.placements.labels(model, "local")
+        self.placements_fetching = families.fetches.labels(model)
         self.decision_s = families.decision_s.labels(model)
         self.ttft_error_ratio = families.prediction_error_ratio.labels(model, "ttft")
         self.itl_error_ratio = families.prediction_error_ratio.labels(model, "itl")

@@ -73,6 +73,12 @@ class CacheEventPublisher:
         """How often changes were dropped because Redis was away for too long."""
         return self._ledger.dropped
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something waits to be written, or has no answer yet."""
+        waits = self._ledger.has_news or bool(self._unwritten)
+        return waits or (self._follower is not None and self._follower.has_news)
+
     def join(self, follower: LedgerFollower) -> None:
         """Before `start`, one at most. From then on there is a write at each heartbeat, news or not."""
         assert self._follower is None
@@ -112,7 +118,7 @@ class CacheEventPublisher:
             self._follower.finish(replies[own:])
         _raise_first(replies[:own])
         self._unwritten.clear()
-        return self._ledger.has_news or (self._follower is not None and self._follower.has_news)
+        return self.has_news
 
     def _take_batches(self) -> None:
         while self._ledger.has_news and len(self._unwritten) < WRITE_BATCHES_MAX:

@@ -203,7 +203,7 @@ class Excluded(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Actual(_message.Message):
-    __slots__ = ("outcome", "queue_s", "prefill_queue_s", "prefill_s", "transfer_exposed_s", "ttft_s", "itl_s", "cached_tokens", "completion_tokens", "prefill_worker")
+    __slots__ = ("outcome", "queue_s", "prefill_queue_s", "prefill_s", "transfer_exposed_s", "ttft_s", "itl_s", "cached_tokens", "completion_tokens", "prefill_worker", "restored_tokens", "restore_s", "fetched_tokens", "fetch_s")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,10 @@ class Actual(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
     outcome: str
     queue_s: float
     prefill_queue_s: float
@@ -224,4 +228,8 @@ class Actual(_message.Message):
     cached_tokens: int
     completion_tokens: int
     prefill_worker: str
-    def __init__(self, outcome: _Optional[str] = ..., queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., prefill_worker: _Optional[str] = ...) -> None: ...
+    restored_tokens: int
+    restore_s: float
+    fetched_tokens: int
+    fetch_s: float
+    def __init__(self, outcome: _Optional[str] = ..., queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., restored_tokens: _Optional[int] = ..., restore_s: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_s: _Optional[float] = ...) -> None: ...

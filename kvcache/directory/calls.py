@@ -7,7 +7,7 @@ from typing import Any, Literal
 from baton.cluster.cache_events import NAME_BYTES, CacheEvents, unpack
 from baton.ids import BlockHash, WorkerId
 from baton.latency import TIERS, Tier
-from kvcache.directory.scripts import HOLDER_BYTES, NAMES_MAX, NO_NEWS, SCRIPTS, Script
+from kvcache.directory.scripts import HOLDER_BYTES, NAMES_MAX, NO_NEWS, SCRIPTS, Script, Scripts
 
 Place = Tier | Literal["nowhere"]
 PLACES: tuple[Place, ...] = (*TIERS, "nowhere")
@@ -31,6 +31,7 @@ class Scope:
     key_prefix: str
     now_ms: str = ""
     """In place of Redis's own time, for tests that move it."""
+    scripts: Scripts = SCRIPTS
 
     @property
     def base(self) -> str:
@@ -87,28 +88,28 @@ class Holder:
 
 
 def register(scope: Scope, worker_id: WorkerId, epoch: str, token: str, is_fresh: bool, lease_ms: int) -> Call:
-    return scope.call(SCRIPTS.register, worker_id, epoch, token, int(is_fresh), lease_ms)
+    return scope.call(scope.scripts.register, worker_id, epoch, token, int(is_fresh), lease_ms)
 
 
 def sync(scope: Scope, who: Identity, told: Sync, lease_ms: int, seen: bytes = b"", sweep_entries: int = 0) -> Call:
     """`seen`: the last pin learnt of; empty: asks for none. `sweep_entries`: to be looked at for what the dead left."""
     names = (told.changes.get(place, b"") for place in PLACES)
     head = (who.holder, who.token, told.number, told.as_of_ms, lease_ms, seen, sweep_entries)
-    return scope.call(SCRIPTS.sync, *head, *names)
+    return scope.call(scope.scripts.sync, *head, *names)
 
 
 def leave(scope: Scope, who: Identity) -> Call:
-    return scope.call(SCRIPTS.leave, who.holder, who.token)
+    return scope.call(scope.scripts.leave, who.holder, who.token)
 
 
 def look_up(scope: Scope, names: Sequence[BlockHash]) -> Call:
     assert len(names) <= NAMES_MAX
-    return scope.call(SCRIPTS.look_up, b"".join(names))
+    return scope.call(scope.scripts.look_up, b"".join(names))
 
 
 def pin(scope: Scope, names: Sequence[BlockHash], holder: WorkerId, ttl_s: float) -> Call:
     assert len(names) <= NAMES_MAX
-    return scope.call(SCRIPTS.pin, holder, round(ttl_s * 1000), b"".join(names))
+    return scope.call(scope.scripts.pin, holder, round(ttl_s * 1000), b"".join(names))
 
 
 # ---- answers

@@ -24,7 +24,7 @@ from baton.cluster.redis_client import describe
 from baton.ids import BlockHash, WorkerId
 from baton.latency import Tier
 from kvcache.directory import calls
-from kvcache.directory.calls import Call, Holder, Scope
+from kvcache.directory.calls import Call, Holder, Identity, Scope
 from kvcache.directory.reporter import Inventory, Reporter
 from kvcache.directory.scripts import NAMES_MAX, Script
 
@@ -71,6 +71,11 @@ class Directory:
         self.on_pins, self.on_copies = on_pins, on_copies
 
     @property
+    def registered(self) -> Identity | None:
+        """As what Redis last knew this worker."""
+        return self._reporter.registered
+
+    @property
     def is_complete(self) -> bool:
         """Whether the whole inventory was told since Redis last knew nothing of this worker."""
         return not self._reporter.is_refilling
@@ -87,7 +92,9 @@ class Directory:
         when the lease has run out."""
         if who := self._reporter.registered:
             self._reporter.lost()
-            await self._answer(self._ask([calls.leave(self._scope, who)]))
+            with contextlib.suppress(RedisError, OSError):
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    await self._ask([calls.leave(self._scope, who)])
 
     # ---- as the publisher's follower
 

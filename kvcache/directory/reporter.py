@@ -91,6 +91,7 @@ class Reporter:
         """Of the registration that is being asked for."""
         self._has_registered = False
         self._is_refused = False
+        self._refused_s = float("-inf")
         self._told: list[Packed] = []
         self._asking: _Registration | None = None
         """For whom the last `begin` asked; None: for a registration."""
@@ -101,7 +102,7 @@ class Reporter:
 
     @property
     def has_news(self) -> bool:
-        """Whether to write soon. A worker that was refused tries again with its heartbeat."""
+        """Whether to write soon. Who was refused asks again a heartbeat later."""
         if (known := self._registration) is None:
             return not self._is_refused
         return bool(known.unanswered or known.refill or self._told)
@@ -128,11 +129,9 @@ class Reporter:
     def begin(self, is_complete: bool) -> list[Call]:
         """`is_complete`: nothing has changed in this worker that was not `told`."""
         self._asking = known = self._registration
-        if known is None:
-            self._token = self._draw_token()
-            is_fresh = not self._has_registered
-            return [calls.register(self.scope, self._worker_id, self._epoch, self._token, is_fresh, self._lease_ms)]
         now_s = self._clock()
+        if known is None:
+            return self._registering() if now_s - self._refused_s >= self._lease.heartbeat_s else []
         self._add_syncs(known, known.redis_now_ms(now_s) if is_complete else known.true_as_of_ms)
         sweep_entries = SWEEP_ENTRIES if now_s - known.swept_s >= self._lease.heartbeat_s else 0
         if sweep_entries:
@@ -142,6 +141,11 @@ class Reporter:
             *(calls.sync(self.scope, known.who, each, self._lease_ms) for each in syncs),
             calls.sync(self.scope, known.who, last, self._lease_ms, known.seen, sweep_entries),
         ]
+
+    def _registering(self) -> list[Call]:
+        self._token = self._draw_token()
+        is_fresh = not self._has_registered
+        return [calls.register(self.scope, self._worker_id, self._epoch, self._token, is_fresh, self._lease_ms)]
 
     def _add_syncs(self, known: _Registration, true_as_of_ms: int) -> None:
         """One at least waits then, if only to renew the lease; the last alone is true as of that time. While earlier
@@ -190,12 +194,13 @@ class Reporter:
             return
         who, refill = Identity(numbers[0], self._token), calls.in_calls(_as_places(self._inventory()))
         self._registration = _Registration(who, now_ms, self._clock(), now_ms, refill)
-        self._has_registered, self._is_refused = True, False
+        self._has_registered = True
 
     def _take_synced(self, known: _Registration, reply: Sequence[Any], news: News) -> bool:
         if (answer := calls.synced(reply, known.seen)) is None:
             self._drop_registration()
             return False
+        self._is_refused = False
         told = known.unanswered.popleft()
         known.redis_ms, known.heard_s, known.seen = answer.now_ms, self._clock(), answer.seen
         news.copies += calls.copies_of(told, answer.counts)
@@ -209,7 +214,7 @@ class Reporter:
         if not self._is_refused:
             log.warning("The directory does not name the blocks of %s: %s", self._worker_id, why)
         self._drop_registration()
-        self._is_refused = True
+        self._is_refused, self._refused_s = True, self._clock()
 
     def _drop_registration(self) -> None:
         self._registration, self._told = None, []

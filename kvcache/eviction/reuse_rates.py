@@ -1,9 +1,10 @@
 """How likely blocks are used again, by kind and age, as observed.
 
-A kind is a range of reuses so far and a range of depths in the prompt; ages fall into bins of half an octave. For each:
-how many blocks got as far without a use, and how many of them were used within it (the product-limit estimator: Kaplan
-and Meier, 1958). A block that was forgotten, or just has not been used yet, counts as far as it was watched: nothing need
-be dropped for its fate to be known. What was observed counts less and less as more is.
+A kind is a range of reuses so far and, until the second, a range of depths in the prompt; ages fall into bins of half
+an octave. For each: how many blocks got as far without a use, and how many of them were used within it (the
+product-limit estimator: Kaplan and Meier, 1958). A block that was forgotten, or just has not been used yet, counts as
+far as it was watched: nothing need be dropped for its fate to be known. What was observed counts less and less as more
+is.
 """
 
 import math
@@ -25,12 +26,14 @@ BIN_WIDTHS_S: Floats = np.diff(_EDGES_S)
 
 USE_KINDS: Final = 10
 """0, 1, 2, 3, 4-7, 8-15, ... reuses."""
-DEPTH_KINDS: Final = 7
-"""Depths 0-2, 3-14, 15-62, ..."""
+DEPTH_KINDS: Final = 3
+"""Depths 0-2, 3-14, 15 and on; finer ones would rest on a few long prompts each, whose blocks all fare alike."""
+USES_BY_DEPTH: Final = 1
+"""With more reuses than that the depth no longer tells anything."""
 KINDS: Final = USE_KINDS * DEPTH_KINDS
 
-EVIDENCE: Final = 4.0
-"""What is expected of a kind before anything is known of it weighs as much as so many observations."""
+EVIDENCE: Final = 100.0
+"""What is expected of a kind before anything is known of it weighs as much as so many blocks: a few prompts'."""
 _SMOOTHING: Floats = np.array([0.1, 0.2, 0.4, 0.2, 0.1])
 """Across neighbouring ages."""
 
@@ -50,8 +53,8 @@ _KIND_OF_DEPTH: Final = _kinds_of_depths()
 
 
 def kinds(uses: Counts, depth: Counts) -> NDArray[np.intp]:
-    by_uses, by_depth = _KIND_OF_USES[np.minimum(uses, USES_MAX)], _KIND_OF_DEPTH[np.minimum(depth, DEPTH_MAX)]
-    return np.asarray(by_uses * DEPTH_KINDS + by_depth, np.intp)
+    by_depth = np.where(uses <= USES_BY_DEPTH, _KIND_OF_DEPTH[np.minimum(depth, DEPTH_MAX)], 0)
+    return np.asarray(_KIND_OF_USES[np.minimum(uses, USES_MAX)] * DEPTH_KINDS + by_depth, np.intp)
 
 
 def age_positions(age_s: Floats) -> Floats:
@@ -72,7 +75,7 @@ def expected_chances() -> Floats:
 
 
 class ReuseRates:
-    """Counts by kind and bin of age. `memory_s`-fold ageing: what happened t seconds ago weighs exp(-t / memory_s)."""
+    """What was observed, by kind and bin of age."""
 
     def __init__(self) -> None:
         self._used = np.zeros((KINDS, AGE_BINS))

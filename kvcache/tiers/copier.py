@@ -30,19 +30,22 @@ class HostCopier:
         assert len(blocks) == len(slots)
         slices = slices_of(rows, self._layout)
         for run in runs_of(blocks, slots):
-            pool = self._region[:, :, blocks[run.start] : blocks[run.stop - 1] + 1]
-            slices[slots[run.start] : slots[run.stop - 1] + 1] = pool.transpose(2, 0, 1, 3)
+            block, slot, count = blocks[run.start], slots[run.start], run.stop - run.start
+            slices[slot : slot + count] = self._region[:, :, block : block + count].transpose(2, 0, 1, 3)
 
     def scatter(self, layers: range, rows: Rows, slots: Sequence[Slot], blocks: Sequence[BlockId]) -> None:
         """Runs of adjacent slots are one copy, wherever the blocks are: numpy writes to scattered places without a
-        detour, though it reads from them only with one."""
+        detour, though it reads from them only with one. Any other block is one."""
         assert len(blocks) == len(slots)
         assert layers.step == 1
-        slices = slices_of(rows, self._layout)
         some = slice(layers.start, layers.stop)
+        pool, slices = self._region[some], slices_of(rows, self._layout)[:, some]
         for run in runs_of(slots):
-            row = slices[slots[run.start] : slots[run.stop - 1] + 1, some]
-            self._region[some, :, places(blocks[run])] = row.transpose(1, 2, 0, 3)
+            slot, count = slots[run.start], run.stop - run.start
+            if count == 1:
+                pool[:, :, blocks[run.start]] = slices[slot]
+            else:
+                pool[:, :, places(blocks[run])] = slices[slot : slot + count].transpose(1, 2, 0, 3)
 
 
 def slices_of(rows: Rows, layout: KVLayout) -> Slices:

@@ -11,9 +11,12 @@ from kvcache.tiers.store_io import Job, StoreIo
 from kvcache.tiers.worth import Worth
 
 LOW_DIVISOR: Final = 32
-"""When fewer than one in so many of DDR's slots are free, room is made..."""
-HIGH_DIVISOR: Final = 16
-"""...until one in so many is."""
+"""When fewer than one in so many of DDR's slots are free, room is made until half as many more are: what HBM evicts at
+one time should find a slot."""
+LOW_MIN: Final = 16
+"""No fewer than so many, in a DDR that has eight times as many."""
+BATCH: Final = 16
+"""Blocks that are sent down at one time at least: a fraction of a millisecond."""
 CHAIN: Final = 8
 """Blocks of one prompt that go down together, into adjacent slots: one system call brings them back."""
 
@@ -41,9 +44,12 @@ class Demotions:
         """`bytes_max`: in flight, of all that goes down."""
         self._shelves, self._io, self._worth, self._bytes_max = shelves, io, worth, bytes_max
         ddr_slots = shelves.slots["ddr"].total
-        self._low, self._high = max(1, ddr_slots // LOW_DIVISOR), max(2, ddr_slots // HIGH_DIVISOR)
+        self._low = max(1, ddr_slots // LOW_DIVISOR, min(LOW_MIN, ddr_slots // 8))
+        self._high = self._low + max(1, self._low // 2)
         self.under_way: list[Demotion] = []
         self._erasing: list[tuple[Job[None], list[Slot]]] = []
+        self.arrived = 0
+        """Blocks that have been sent into DDR since room was made last."""
         self.spared: set[int] = set()
         """Rows that the engine is about to have restored: nothing drops them at once."""
         self.is_scanned = False
@@ -86,7 +92,7 @@ class Demotions:
         if is_still_there:
             index.mark(row, Mark.MOVING, False)
         if is_still_there and is_written and self._shelves.has_ssd:
-            self._shelves.put(row, "ssd", ssd_slot)
+            self._shelves.put_down(row, "ssd", ssd_slot)
             self._shelves.drop(row, "ddr")
         else:
             self._shelves.slots["ssd"].give_back(ssd_slot, erase=True)
@@ -101,12 +107,14 @@ class Demotions:
     # ---- making room in DDR
 
     def make_room(self, now_s: float) -> None:
-        """Sends the least valuable leaves down when DDR runs full, with what they alone hang on."""
+        """Sends the least valuable leaves down when DDR runs full, with what they alone hang on: a few, or twice as
+        many as have come meanwhile."""
+        count, self.arrived = max(BATCH, 2 * self.arrived), 0
         on_their_way = sum(len(demotion.rows) for demotion in self.under_way)
         free = self._shelves.slots["ddr"].free + on_their_way
         if free >= self._low:
             return
-        short, batch = self._high - free, Batch([], [])
+        short, batch = min(count, self._high - free), Batch([], [])
         room = self._room()
         for row, value in self._victims(now_s):
             length = min(CHAIN, short, room - len(batch.rows))
@@ -175,8 +183,11 @@ class Demotions:
         return len(rows)
 
     def _ssd_slots(self, count: int, value: float, now_s: float) -> list[Slot]:
-        """Free ones, or those of blocks that are worth less than `value`."""
-        self._drop("ssd", [value] * (count - self._shelves.slots["ssd"].free), now_s)
+        """Free ones, or those of blocks that are worth less than `value`; of these a batch at one time, for what goes
+        down next is worth no less."""
+        free = self._shelves.slots["ssd"].free
+        if free < count:
+            self._drop("ssd", [value] * (max(count, BATCH) - free), now_s)
         return self._shelves.slots["ssd"].take(count)
 
     def _submit(self, batch: Batch) -> None:
@@ -203,11 +214,16 @@ class Demotions:
         newcomer = next(wanted, None)
         leaves = self._shelves.index.leaves[tier]
         for row, value in self._worth.weakest(tier, now_s):
-            chain = self._shelves.index.chain(row, tier, CHAIN) if row in leaves else []
-            for each in chain:
-                if newcomer is None or value >= newcomer or each not in leaves or each in self.spared:
-                    break
-                if tier == "ddr" and not self._is_bare(each):
+            if newcomer is None or value >= newcomer:
+                return
+            for each in self._shelves.index.chain(row, tier, CHAIN) if row in leaves else ():
+                if newcomer is None or value >= newcomer or not self._may_go(each, tier):
                     break
                 self._shelves.let_drop(each, tier)
                 newcomer = next(wanted, None)
+
+    def _may_go(self, row: int, tier: LowerTier) -> bool:
+        """At once."""
+        if row not in self._shelves.index.leaves[tier] or row in self.spared:
+            return False
+        return tier == "ssd" or self._is_bare(row)

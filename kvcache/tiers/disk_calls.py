@@ -1,11 +1,16 @@
-"""Reading and writing at a place of a file, to the last byte."""
+"""What the kernel is asked to do with a file of slots: reading and writing at a place of it, to the last byte."""
 
 import contextlib
 import ctypes
 import errno
+import logging
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 Buffers = Sequence[memoryview]
 Transfer = Callable[[int, Buffers, int], int]
@@ -71,3 +76,20 @@ def advise(file: int, offset: int, size_bytes: int, advice: int) -> None:
     """Tells the kernel what will be needed and what will not; a file system may be deaf to it."""
     with contextlib.suppress(OSError):
         os.posix_fadvise(file, offset, size_bytes, advice)
+
+
+def open_direct(path: Path) -> int | None:
+    """A file for I/O past the kernel's cache; None, and a line in the log, where the file system cannot do that, which
+    it may say only at a read."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError as error:
+        log.warning("no direct I/O in %s, so KV goes through the kernel's cache: %s", path.name, error.strerror)
+        return None
+    try:
+        os.preadv(file, [mmap.mmap(-1, mmap.PAGESIZE)], 0)
+    except OSError as error:
+        log.warning("no direct reads of %s, so KV goes through the kernel's cache: %s", path.name, error.strerror)
+        os.close(file)
+        return None
+    return file

@@ -7,7 +7,6 @@ memory is zeros.
 """
 
 from collections.abc import Callable
-from enum import IntFlag
 from typing import Any, Final
 
 import numpy as np
@@ -25,20 +24,21 @@ USES_MAX: Final = 2**16 - 1
 COPIES_MAX: Final = 2**8 - 2
 
 
-class Mark(IntFlag):
-    DIGESTED = 1
-    """`digest` is known: of its row below HBM, or else of its block in HBM."""
-    MOVING = 2
-    """On its way down: it is copied nowhere else meanwhile, and stays where it is."""
-    GOING = 4
-    """Copied down because HBM would soon evict it, and not used since."""
-    FROM_BELOW = 8
-    """Its block in HBM was restored from its slot: the same bytes."""
-    PROMISED = 16
-    PINNED = 32
-    """A peer is about to read it."""
+class Mark:
+    """Bits; plain numbers, because enum's take a microsecond each."""
 
-    BUSY = MOVING | PINNED
+    DIGESTED: Final = 1
+    """`digest` is known: of its row below HBM, or else of its block in HBM."""
+    MOVING: Final = 2
+    """On its way down: it is copied nowhere else meanwhile, and stays where it is."""
+    GOING: Final = 4
+    """Copied down because HBM would soon evict it, and not used since."""
+    FROM_BELOW: Final = 8
+    """Its block in HBM was restored from its slot: the same bytes."""
+    PROMISED: Final = 16
+    PINNED: Final = 32
+    """A peer is about to read it."""
+    BUSY: Final = MOVING | PINNED
 
 
 class TierIndex:
@@ -66,7 +66,8 @@ class TierIndex:
         self._parent, self._children, self._upper = self.parent.data, self.children.data, self.upper_children.data
         self._mark = self.marks.data
         self.counts: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        self.leaves: dict[LowerTier, RowSet] = {"ddr": RowSet(ddr_slots, end), "ssd": RowSet(ssd_slots, end)}
+        self._ddr_leaves, self._ssd_leaves = RowSet(ddr_slots, end), RowSet(ssd_slots, end)
+        self.leaves: dict[LowerTier, RowSet] = {"ddr": self._ddr_leaves, "ssd": self._ssd_leaves}
         """What may go. From DDR: nothing follows on it in HBM or DDR; from the SSD: nothing in any tier."""
         self.has_ssd = ssd_slots > 0
         """Turned off: what was promised may not leave DDR."""
@@ -184,17 +185,17 @@ class TierIndex:
     def refresh(self, row: int) -> None:
         """Whether it may go, after a change."""
         mark = self._mark[row]
-        is_free = not mark & Mark.BUSY
-        is_promised = bool(mark & Mark.PROMISED)
-        may_leave_ddr = self._ddr[row] and not self._upper[row] and is_free and (self.has_ssd or not is_promised)
-        self.leaves["ddr"].put(row, bool(may_leave_ddr))
-        self.leaves["ssd"].put(row, bool(self._ssd[row] and not self._children[row] and is_free and not is_promised))
+        may_drop = not mark & (Mark.BUSY | Mark.PROMISED)
+        may_move = may_drop or (self.has_ssd and not mark & Mark.BUSY)
+        self._ddr_leaves.put(row, may_move and self._ddr[row] > 0 and not self._upper[row])
+        self._ssd_leaves.put(row, may_drop and self._ssd[row] > 0 and not self._children[row])
 
-    def mark(self, row: int, mark: Mark, is_so: bool) -> None:
-        self._mark[row] = self._mark[row] | mark if is_so else self._mark[row] & ~mark & 0xFF
-        self.refresh(row)
+    def mark(self, row: int, mark: int, is_so: bool) -> None:
+        self._mark[row] = self._mark[row] | mark if is_so else self._mark[row] & ~mark
+        if mark & (Mark.BUSY | Mark.PROMISED):
+            self.refresh(row)
 
-    def is_marked(self, row: int, mark: Mark) -> bool:
+    def is_marked(self, row: int, mark: int) -> bool:
         """With any of these."""
         return bool(self._mark[row] & mark)
 

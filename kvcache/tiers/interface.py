@@ -124,6 +124,10 @@ class TierState:
     retained_bytes: int = 0
     off_reason: str = ""
     """Not empty: turned off, and why."""
+    stored_bytes: int = 0
+    """That came down into it since the start."""
+    arriving_bytes: int = 0
+    """That are on their way down into it."""
 
 
 @dataclass(frozen=True, slots=True)

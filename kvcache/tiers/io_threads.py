@@ -46,8 +46,9 @@ class IoThreads:
 
     So one copies what was read while the other reads on, and copies between HBM and DDR get on whatever the disk
     does. More would not help: one core's copies already take most of the memory's bandwidth, and the disk reads
-    as fast by one large call after the other. They are daemons: a disk that hangs does not keep the process from
-    ending. What may wait is for the callers to bound.
+    as fast by one large call after the other. One at most copies down, so that a core is left to the engine and a
+    thread to a restore. They are daemons: a disk that hangs does not keep the process from ending. What may wait is
+    for the callers to bound.
     """
 
     def __init__(self) -> None:
@@ -117,6 +118,7 @@ class IoThreads:
             error = failure_of(partial(piece.run, partial(self._leave_disk, piece)))
             with self._changed:
                 self._running.discard(piece)
+                self._changed.notify_all()  # somebody may have waited for it to end
             self._leave_disk(piece)
             piece.ended(error)
 
@@ -134,8 +136,14 @@ class IoThreads:
             return None
 
     def _first_queue(self) -> list[Piece] | None:
-        queues = [self._memory, [] if self._at_disk else self._disk]
+        queues = [self._memory if self._may_copy else [], self._disk if self._at_disk is None else []]
         return min(filter(None, queues), key=lambda queue: queue[0], default=None)
+
+    @property
+    def _may_copy(self) -> bool:
+        """Not if only copies down wait, and one is being made."""
+        is_copying_down = any(piece.urgency is Urgency.OFFLOAD for piece in self._running)
+        return not (is_copying_down and self._memory and self._memory[0].urgency is Urgency.OFFLOAD)
 
     def _leave_disk(self, piece: Piece) -> None:
         with self._changed:

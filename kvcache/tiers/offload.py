@@ -11,8 +11,9 @@ from kvcache.tiers.interface import BlockCopier, Rows, Slot
 from kvcache.tiers.restore_copies import first_slots, stored_digests
 from kvcache.tiers.staging import Staging
 
-BATCH_BYTES = 2**20
-"""Copied and digested at a time: it is still in the processor's cache then."""
+BATCH_BYTES = 4 * 2**20
+"""Copied and digested at a time: still in the processor's cache when it is digested, and enough that the calls of numpy
+do not count."""
 
 
 class Offload:

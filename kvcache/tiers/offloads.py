@@ -71,7 +71,7 @@ class Offloads:
             self._shelves.slots["ddr"].give_back(slot)
         else:
             index.note_digest(row, digest)
-            self._shelves.put(row, "ddr", slot)
+            self._shelves.put_down(row, "ddr", slot)
             index.mark(row, Mark.GOING, True)
         self._void.discard(row)
 
@@ -98,6 +98,7 @@ class Offloads:
     def _send(self, pool: PoolView, wanted: Sequence[tuple[int, BlockId]], slots: Sequence[Slot]) -> None:
         index = self._shelves.index
         rows, blocks = zip(*wanted, strict=True)
+        self._demotions.arrived += len(rows)
         pool.hold(blocks)
         for row in rows:
             index.mark(row, Mark.MOVING, True)
@@ -139,6 +140,7 @@ class Offloads:
         if not chosen:
             return
         rows, blocks = zip(*chosen, strict=True)
+        self._demotions.arrived += len(rows)
         slots = self._shelves.slots["ddr"].take(len(rows))
         digests = self._io.offload_now(blocks, slots, self._known(rows))
         for row, slot, digest in zip(rows, slots, digests, strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 from baton.layout import KVLayout
 from kvcache.eviction.policy import make_policy
 from kvcache.tiers.codec import codec_for
+from kvcache.tiers.disk_calls import DiskCalls
 from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import BlockCopier, StorageFormat
 from kvcache.tiers.io_interface import PoolDigests, VerifyDdr
@@ -43,6 +44,7 @@ def open_tiers(
     seed: int = 0,
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
+    calls: DiskCalls = DiskCalls(),  # noqa: B008 - frozen
 ) -> TierStore | None:
     """Below a pool of this layout, whose blocks only equal workers (`fingerprint`: of the model) can use.
 
@@ -58,7 +60,7 @@ def open_tiers(
     file = None
     if ssd_dir is not None:
         stamp = file_stamp(fingerprint, layout, kv_compression, row_bytes)
-        file = SlotFile.open(ssd_dir, ssd_bytes, stamp, row_bytes)
+        file = SlotFile.open(ssd_dir, ssd_bytes, stamp, row_bytes, calls)
     bytes_max = max(bytes_in_flight_max, layout.block_bytes)
     slots = file.slots if file else 0
     shape = StoreShape(

@@ -29,6 +29,8 @@ class Shelves:
         self._pins = Deadlines()
         """Monotonic: blocks that peers are about to read."""
         self._changed: dict[BlockHash, None] = {}
+        self.stored_blocks = dict.fromkeys(LOWER, 0)
+        """That came down, since the start."""
         self.dropped_blocks = 0
         self.corrupt_blocks = 0
         self.ssd_off_reason = ""
@@ -38,6 +40,11 @@ class Shelves:
         return self.index.has_ssd
 
     # ---- putting and dropping
+
+    def put_down(self, row: int, tier: LowerTier, slot: Slot) -> None:
+        """What came from the tier above."""
+        self.stored_blocks[tier] += 1
+        self.put(row, tier, slot)
 
     def put(self, row: int, tier: Tier, place: int) -> None:
         self.index.put(row, tier, place)
@@ -121,7 +128,8 @@ class Shelves:
         total, blocks = self.slots[tier].total, self.index.counts[tier]
         retained = sum(self.index.is_in(row, tier) for row in self.promises)
         sizes = blocks * self.row_bytes, total * self.row_bytes, retained * self.row_bytes
-        return TierState(tier, blocks, total, *sizes, off_reason=self.ssd_off_reason if tier == "ssd" else "")
+        off_reason = self.ssd_off_reason if tier == "ssd" else ""
+        return TierState(tier, blocks, total, *sizes, off_reason, self.stored_blocks[tier] * self.row_bytes)
 
     def check_integrity(self, in_use: dict[LowerTier, list[Slot]]) -> None:
         """`in_use`: slots that something on its way has taken."""

@@ -13,7 +13,7 @@ found, and goes at once. A file of another size grows or shrinks to what the set
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,10 +39,8 @@ class LockedFile:
 
     @property
     def superblock(self) -> Superblock | None:
-        """The newer of the two that are whole. Raises OSError."""
-        pages = [os.pread(self.fd, PAGE_BYTES, index * PAGE_BYTES) for index in range(SUPERBLOCKS)]
-        whole = [superblock for page in pages if (superblock := unpack_superblock(page)) is not None]
-        return max(whole, key=lambda superblock: superblock.generation, default=None)
+        """As it is now. Raises OSError."""
+        return superblock_of(self.fd)
 
     def write_superblock(self, superblock: Superblock, calls: DiskCalls) -> None:
         """Raises OSError."""
@@ -57,6 +55,13 @@ class LockedFile:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def superblock_of(fd: int) -> Superblock | None:
+    """The newer of the two that are whole. Raises OSError."""
+    pages = [os.pread(fd, PAGE_BYTES, index * PAGE_BYTES) for index in range(SUPERBLOCKS)]
+    whole = [superblock for page in pages if (superblock := unpack_superblock(page)) is not None]
+    return max(whole, key=lambda superblock: superblock.generation, default=None)
 
 
 @contextmanager
@@ -86,13 +91,12 @@ def claim(directory: Path, wanted: Superblock, calls: DiskCalls) -> tuple[Locked
 
 
 def _find(directory: Path, wanted: Superblock, calls: DiskCalls) -> tuple[LockedFile, Superblock] | None:
-    for file in _unlocked(directory):
+    for file in _unlocked(directory, lambda superblock: superblock is None or superblock.stamp == wanted.stamp):
         with closed_on_error(file):
             superblock = file.superblock
-            if superblock is not None and superblock.stamp == wanted.stamp:
+            if superblock is not None:
                 return file, _resize(file, superblock, wanted.slots, calls)
-            if superblock is None:
-                file.remove("it was never completed, or its superblocks are damaged")
+            file.remove("it was never completed, or its superblocks are damaged")
         file.close()
     return None
 
@@ -135,20 +139,22 @@ def _create(directory: Path) -> LockedFile:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             continue
-        file = _locked(path, fd)  # another worker that starts now may think that its maker died, and remove it
-        if file is not None:
-            return file
+        if _could_lock(fd):
+            return LockedFile(path, fd)
+        os.close(fd)  # another worker that starts now thinks that its maker died, and removes it
     raise OSError(0, f"there are {FILES_MAX} KV files in it already")
 
 
 def _make_room(directory: Path, size_bytes: int, keep: Superblock) -> None:
     """Removes files of other stamps while the disk has too little room; whether that is enough shows when it is taken.
     Raises OSError."""
-    for file in _unlocked(directory, oldest_first=True):
+
+    def must_go(superblock: Superblock | None) -> bool:
+        return superblock is not None and superblock.stamp != keep.stamp and not _has_room(directory, size_bytes)
+
+    for file in _unlocked(directory, must_go, oldest_first=True):
         with closing(file):
-            superblock = file.superblock
-            if superblock is not None and superblock.stamp != keep.stamp and not _has_room(directory, size_bytes):
-                file.remove("it holds KV of another model or layout, and its room is needed")
+            file.remove("it holds KV of another model or layout, and its room is needed")
 
 
 def _has_room(directory: Path, size_bytes: int) -> bool:
@@ -156,29 +162,41 @@ def _has_room(directory: Path, size_bytes: int) -> bool:
     return (disk.f_bavail - FREE_SHARE * disk.f_blocks) * disk.f_frsize >= size_bytes
 
 
-def _unlocked(directory: Path, *, oldest_first: bool = False) -> Iterator[LockedFile]:
-    """The directory's files that no worker has, each locked and the caller's to close."""
+def _unlocked(
+    directory: Path, is_wanted: Callable[[Superblock | None], bool], *, oldest_first: bool = False
+) -> Iterator[LockedFile]:
+    """Those of the directory's files that no worker has, each locked and the caller's to close. Only what is wanted is
+    locked: a worker that starts at this moment would take a file that is merely looked at for another's."""
     paths = [path for path in directory.glob("kv-*.slots") if path.is_file()]
     for path in sorted(paths, key=_used_s if oldest_first else _number):
         try:
             fd = os.open(path, os.O_RDWR)
         except (FileNotFoundError, PermissionError):  # gone, or not for us
             continue
-        file = _locked(path, fd)
+        file = _locked_if(path, fd, is_wanted)
         if file is not None:
             yield file
 
 
-def _locked(path: Path, fd: int) -> LockedFile | None:
-    """None, and closed, where another has the lock or the file was removed before it could be got."""
+def _locked_if(path: Path, fd: int, is_wanted: Callable[[Superblock | None], bool]) -> LockedFile | None:
+    """None, and closed, if it is not. Looked at once more when it is locked: its maker may just have completed it."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_nlink:
+        if is_wanted(superblock_of(fd)) and _could_lock(fd) and is_wanted(superblock_of(fd)):
             return LockedFile(path, fd)
-    except BlockingIOError:
-        pass
+    except OSError:
+        os.close(fd)
+        raise
     os.close(fd)
     return None
+
+
+def _could_lock(fd: int) -> bool:
+    """Not where another has the lock, or the file was removed before it could be got."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(fd).st_nlink > 0
 
 
 def _number(path: Path) -> tuple[int, str]:

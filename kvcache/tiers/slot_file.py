@@ -6,7 +6,6 @@ reads as an empty slot. A torn payload is seen by whoever compares it with the d
 caller's to do with every payload it reads.
 """
 
-import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from baton.errors import SettingsError
 from baton.ids import BlockHash
-from kvcache.tiers.disk_calls import REAL_CALLS, DiskCalls, advise
+from kvcache.tiers.disk_calls import REAL_CALLS, DiskCalls, advise, open_direct
 from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import Rows, Slot, SlotHeader
 from kvcache.tiers.slot_directory import LockedFile, claim, closed_on_error
@@ -33,15 +32,12 @@ from kvcache.tiers.slot_format import (
     slot_bytes,
     whole_pages,
 )
-
-log = logging.getLogger(__name__)
+from kvcache.tiers.slot_scan import scan_headers
 
 RUN_BYTES_MAX = 4 * 2**20
 """Read or written by one system call: past it nothing is won, and nobody can be quicker than the call before."""
 RUN_SLOTS_MAX = 512
 """Two buffers each, of the 1,024 that one call takes."""
-SCAN_SLOTS = 256
-"""Header pages that are read ahead at one time."""
 CLOSED = -1
 
 
@@ -64,7 +60,7 @@ class SlotFile:
         """Header pages of runs that nobody reads or writes at the moment; one for each thread at most."""
         self._blank = HostMemory(1, PAGE_BYTES)
         advise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)  # a scan wants one page of each slot
-        direct = _open_direct(file.path)
+        direct = open_direct(file.path)
         self.is_direct = direct is not None
         self._fd = file.fd if direct is None else direct
 
@@ -133,26 +129,8 @@ class SlotFile:
     def scan(self, found: Callable[[Slot, SlotHeader], None], is_stopped: Callable[[], bool]) -> None:
         """Tells of every slot that holds a block, in order. Other threads may write meanwhile: what it tells of their
         slots may be what they held before."""
-        page = memoryview(bytearray(HEADER_BYTES))
-        self._read_ahead(0)
-        for first in range(0, self.slots, SCAN_SLOTS):
-            if is_stopped():
-                return
-            self._read_ahead(first + SCAN_SLOTS)
-            for slot in self._batch(first):
-                self._calls.read(self._file.fd, [page], self._offset(slot))
-                header = self._format.unpack(page.tobytes())
-                if header is not None:
-                    found(slot, header)
-            self._forget_cached(self._batch(first))
-
-    def _read_ahead(self, first: int) -> None:
-        """All of a batch at one time: one after the other, each page would wait for the disk."""
-        for slot in self._batch(first):
-            advise(self._file.fd, self._offset(slot), PAGE_BYTES, os.POSIX_FADV_WILLNEED)
-
-    def _batch(self, first: int) -> Sequence[Slot]:
-        return [Slot(slot) for slot in range(first, min(first + SCAN_SLOTS, self.slots))]
+        offsets = range(HEADERS_OFFSET, self.size_bytes, self._slot_bytes)
+        scan_headers(self._file.fd, offsets, self._format, found, is_stopped, self._calls)
 
     def erase(self, slots: Sequence[Slot]) -> None:
         """Overwrites their headers, then gives up what followed: reads of the file see zeros there. (A file system that
@@ -191,7 +169,7 @@ class SlotFile:
         assert rows.strides[0] >= self._payload_bytes and not (rows.ctypes.data | rows.strides[0]) % PAGE_BYTES
         if rows.shape[1] == self._payload_bytes:
             return rows
-        return np.lib.stride_tricks.as_strided(rows, (len(rows), self._payload_bytes))
+        return np.lib.stride_tricks.as_strided(rows, (len(rows), self._payload_bytes), rows.strides)
 
     @contextmanager
     def _header_pages(self) -> Iterator[Rows]:
@@ -208,10 +186,8 @@ class SlotFile:
     def _drop_cached(self, slots: Sequence[Slot]) -> None:
         """Where the kernel cannot read past its cache: this cache is not to push out what others need."""
         if not self.is_direct:
-            self._forget_cached(slots)
-
-    def _forget_cached(self, slots: Sequence[Slot]) -> None:
-        advise(self._file.fd, self._offset(slots[0]), len(slots) * self._slot_bytes, os.POSIX_FADV_DONTNEED)
+            size_bytes = len(slots) * self._slot_bytes
+            advise(self._fd, self._offset(slots[0]), size_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def _runs(slots: Sequence[Slot], slots_max: int) -> Iterator[slice]:
@@ -228,23 +204,3 @@ def _alternating(pages: Rows, payloads: Rows, row_slots: Sequence[Slot]) -> Iter
     for page, row in enumerate(row_slots):
         yield memoryview(pages[page])
         yield memoryview(payloads[row])
-
-
-def _open_direct(path: Path) -> int | None:
-    """For I/O past the kernel's cache; None if the file system cannot do that, which it may say only at a read."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
-    except OSError as error:
-        log.warning(
-            "the file system of %s has no direct I/O: KV goes through the kernel's cache: %s", path.name, error.strerror
-        )
-        return None
-    try:
-        os.preadv(fd, [HostMemory(1, PAGE_BYTES).rows[0]], 0)
-    except OSError as error:
-        log.warning(
-            "%s cannot be read by direct I/O: KV goes through the kernel's cache: %s", path.name, error.strerror
-        )
-        os.close(fd)
-        return None
-    return fd

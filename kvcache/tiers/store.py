@@ -6,7 +6,7 @@ what an earlier process left; all of that on the engine's thread, where only job
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -265,7 +265,12 @@ class TierStore:
 
     def states(self) -> Sequence[TierState]:
         tiers: list[LowerTier] = ["ddr", "ssd"] if self._shape.ssd_slots else ["ddr"]
-        return [self._shelves.state(tier) for tier in tiers]
+        arriving = {
+            "ddr": sum(len(offload.rows) for offload in self._offloads.under_way),
+            "ssd": sum(len(demotion.rows) for demotion in self._demotions.under_way),
+        }
+        row_bytes = self._shape.row_bytes
+        return [replace(self._shelves.state(tier), arriving_bytes=arriving[tier] * row_bytes) for tier in tiers]
 
     def hottest(self, count: int) -> Sequence[HotPrefix]:
         return hottest(self._index, count)

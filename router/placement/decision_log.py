@@ -11,7 +11,10 @@ from router.placement.decision import CachedTokens, Candidate, Decision, Exclude
 
 Outcome = Literal["running", "finished", "failed", "cancelled"]
 _TERMS = (*(term.name for term in fields(Terms)), "total_s", "ttft_s")
-_MEASURED_BY_WORKER = ("queue_s", "prefill_queue_s", "prefill_s", "transfer_exposed_s")
+_MEASURED_BY_WORKER = (
+    *("queue_s", "prefill_queue_s", "prefill_s", "transfer_exposed_s"),
+    *("restored_tokens", "restore_s", "fetched_tokens", "fetch_s"),
+)
 
 
 class _Candidate(NamedTuple):

@@ -14,7 +14,7 @@ from baton.latency import Tier
 from baton.latency_fit import ERROR_MAX
 from router.index.prefixes import Prefixes, PrefixLength
 from router.placement.fleet import Fleet, Floats
-from router.placement.reuse import Reuse, prefill_time_s
+from router.placement.reuse import Reuse, own_runs, prefill_time_s, restore_costs
 
 LENGTHS_MAX = 4
 """Of the different lengths of prefix that workers have, the longest ones: who has a shorter one seldom is the better
@@ -89,30 +89,32 @@ def best_offers(
 ) -> Sequence[Offer]:
     """For each size of block the offer that would save a worker with nothing of its own most."""
     best: dict[int, tuple[float, Offer]] = {}
-    usual = fleet.workers[0]  # one of those that compute prompts
-
-    def saved_s(tokens: int) -> float:
-        return CONFIDENCE * usual.latency.prefill.prompt_time_s(tokens, 0, usual.chunk_tokens)
-
-    longest = sorted(enumerate(lengths.lengths), key=_blocks, reverse=True)[:LENGTHS_MAX]
-    for number, length in longest:
-        holders = np.flatnonzero(lengths.numbers == number)
+    numbers: Sequence[int] = range(len(lengths.lengths))
+    if len(numbers) > 1:
+        numbers = sorted(numbers, key=lambda number: -_blocks(lengths.lengths[number]))[:LENGTHS_MAX]
+    for number in numbers:
+        length, holders = lengths.lengths[number], np.flatnonzero(lengths.numbers == number)
         if not len(holders):
             continue
         block_tokens = fleet.workers[holders.item(0)].block_tokens
-        most_s, _ = best.get(block_tokens, (0.0, None))
-        if saved_s(_blocks((number, length)) * block_tokens) <= most_s:
+        most_s = best[block_tokens][0] if block_tokens in best else 0.0
+        if most_s and _saved_s(fleet, _blocks(length) * block_tokens) <= most_s:
             continue  # even if it took no time
-        if (peer := _peer(fleet, holders, ties_s, no_peers)) is None:
-            continue
-        for offer, cost_s in _offers(fleet, tokens, peer, length):
-            if (gain_s := saved_s(offer.tokens) - cost_s) > most_s:
+        peer = _peer(fleet, holders, ties_s, no_peers)
+        for offer, cost_s in () if peer is None else _offers(fleet, tokens, peer, length):
+            gain_s = _saved_s(fleet, offer.tokens) - cost_s
+            if gain_s > most_s:
                 best[block_tokens], most_s = (gain_s, offer), gain_s
     return [offer for _, offer in best.values()]
 
 
-def _blocks(numbered: tuple[int, PrefixLength]) -> int:
-    _, length = numbered
+def _saved_s(fleet: Fleet, tokens: int) -> float:
+    """To one of those that compute prompts, at least."""
+    usual = fleet.workers[0]
+    return CONFIDENCE * usual.latency.prefill.prompt_time_s(tokens, 0, usual.chunk_tokens)
+
+
+def _blocks(length: PrefixLength) -> int:
     return length.hbm + length.ddr + length.ssd
 
 
@@ -130,20 +132,23 @@ def _offers(fleet: Fleet, tokens: int, peer: int, length: PrefixLength) -> Itera
     """What it has in HBM, that and what it has in DDR, and all; each with what handing over all of it takes, but for
     the other end of the link."""
     worker = fleet.workers[peer]
-    reusable, of_block = (tokens - 1) // worker.block_tokens, worker.block_tokens
-    hbm, blocks, restore_s = min(length.hbm, reusable) * of_block, 0, 0.0
-    in_tiers: tuple[tuple[Tier, int], ...] = (("hbm", length.hbm), ("ddr", length.ddr), ("ssd", length.ssd))
-    for tier, count in in_tiers:
-        count = min(count, reusable - blocks)
-        if tier != "hbm" and count:
-            if (cost := worker.latency.restore.get(tier)) is None:
-                return
-            restore_s += cost.time_s(count * worker.kv_block_bytes)
-        if count:
-            blocks += count
-            ddr = min(length.ddr * of_block, blocks * of_block - hbm)
-            link_s = worker.latency.transfer.time_s(blocks * worker.kv_block_bytes)
-            yield Offer(peer, blocks * of_block, hbm, ddr), restore_s + link_s
+    block_tokens, link = worker.block_tokens, worker.latency.transfer
+    if not (length.ddr or length.ssd):  # as a rule, and there is no time to lose
+        blocks = min(length.hbm, (tokens - 1) // block_tokens)
+        if blocks:
+            yield (
+                Offer(peer, blocks * block_tokens, blocks * block_tokens, 0),
+                link.time_s(blocks * worker.kv_block_bytes),
+            )
+        return
+    costs = restore_costs(worker)
+    found: dict[Tier, int] = {"hbm": 0, "ddr": 0}
+    for tier, count in own_runs(worker, tokens, length):
+        found[tier] = count
+        blocks = sum(found.values())
+        restore_s = costs.restore_s({tier: count for tier, count in found.items() if tier != "hbm"})
+        offer = Offer(peer, blocks * block_tokens, found["hbm"] * block_tokens, found["ddr"] * block_tokens)
+        yield offer, restore_s + link.time_s(blocks * worker.kv_block_bytes)
 
 
 # ---- what it is worth to each

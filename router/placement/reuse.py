@@ -1,11 +1,12 @@
 """What a worker need not compute of a prompt, because blocks of it lie in its own tiers. Pure."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from baton.cluster.worker_info import WorkerInfo
-from baton.latency import Tier
+from kvcache.restore_plan import RestoreCosts, Run, plan_restore
 from router.index.prefixes import Prefixes, PrefixLength
 from router.placement.fleet import Fleet, Floats
 
@@ -31,41 +32,41 @@ def reuse(fleet: Fleet, tokens: int, lengths: Prefixes) -> Reuse:
     found = Reuse(cached_tokens, restore_s, cached_tokens, restore_s)
     if lengths.has_lower_tiers:
         found.held_tokens, found.restore_all_s = cached_tokens.copy(), restore_s.copy()
-        for column, length in lengths.items():
-            options = restore_options(fleet.workers[column], tokens, length)
-            found.held_tokens[column], found.restore_all_s[column] = options[-1]
-            cached_tokens[column], restore_s[column] = cheapest_restore(fleet.workers[column], tokens, options)
+        for column, length in _in_lower_tiers(lengths):
+            worker = fleet.workers[column]
+            runs, costs = own_runs(worker, tokens, length), restore_costs(worker)
+            plan = plan_restore(runs, tokens, costs)
+            cached_tokens[column], restore_s[column] = plan.blocks * worker.block_tokens, plan.restore_s
+            found.held_tokens[column] = sum(count for _, count in runs) * worker.block_tokens
+            found.restore_all_s[column] = costs.restore_s({tier: count for tier, count in runs if tier != "hbm"})
     return found
 
 
-Option = tuple[int, float]
-"""Tokens that are reused, and the time it takes to restore them."""
+def _in_lower_tiers(lengths: Prefixes) -> Iterator[tuple[int, PrefixLength]]:
+    """Who has something of it there: few, as a rule, of the many that have the beginning of it in HBM."""
+    for number, length in enumerate(lengths.lengths):
+        if length.ddr or length.ssd:
+            for column in np.flatnonzero(lengths.numbers == number).tolist():
+                yield column, length
 
 
-def restore_options(worker: WorkerInfo, tokens: int, length: PrefixLength) -> list[Option]:
-    """What lies in HBM, that and what lies in DDR, and all; without tiers that nothing is known to come back from."""
-    blocks, restore_s = length.hbm, 0.0
-    options = [(blocks, restore_s)]
-    below: tuple[tuple[Tier, int], ...] = (("ddr", length.ddr), ("ssd", length.ssd))
-    for tier, count in below:
-        cost = worker.latency.restore.get(tier)
-        if count and cost is None:
+def own_runs(worker: WorkerInfo, tokens: int, length: PrefixLength) -> list[Run]:
+    """What the worker has of the prompt, as far down as it is known how fast it comes back."""
+    reusable = (tokens - 1) // worker.block_tokens
+    runs: list[Run] = []
+    in_tiers: tuple[Run, ...] = (("hbm", length.hbm), ("ddr", length.ddr), ("ssd", length.ssd))
+    for tier, count in in_tiers:
+        if count and tier != "hbm" and tier not in worker.latency.restore:
             break
-        if count and cost is not None:
-            blocks, restore_s = blocks + count, restore_s + cost.time_s(count * worker.kv_block_bytes)
-            options.append((blocks, restore_s))
-    reusable_blocks = (tokens - 1) // worker.block_tokens
-    return [(min(blocks, reusable_blocks) * worker.block_tokens, restore_s) for blocks, restore_s in options]
+        count = min(count, reusable)
+        reusable -= count
+        if count:
+            runs.append((tier, count))
+    return runs
 
 
-def cheapest_restore(worker: WorkerInfo, tokens: int, options: list[Option]) -> Option:
-    """Down to which tier it is quicker to restore than to compute."""
-
-    def time_s(option: Option) -> float:
-        cached, restore_s = option
-        return restore_s + worker.latency.prefill.prompt_time_s(tokens - cached, cached, worker.chunk_tokens)
-
-    return min(options, key=time_s)
+def restore_costs(worker: WorkerInfo) -> RestoreCosts:
+    return RestoreCosts(worker.latency, worker.block_tokens, worker.kv_block_bytes, worker.chunk_tokens)
 
 
 def prefill_time_s(fleet: Fleet, tokens: int, cached_tokens: Floats | float, new_tokens: Floats | float) -> Floats:

@@ -134,6 +134,11 @@ class Pair:
                 assert asyncio.get_running_loop().time() < deadline_s, f"{worker.info.role}: {load}"
                 await asyncio.sleep(0.01)
 
+    async def check_integrity(self) -> None:
+        """Of both engines: who holds what."""
+        for worker in (self.prefill, self.decode):
+            await worker._host.engine.call(lambda engine: engine.check_integrity())
+
 
 async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
     deadline_s = asyncio.get_running_loop().time() + within_s
@@ -163,6 +168,7 @@ async def running_pair(
         try:
             yield pair
             await pair.until_idle()
+            await pair.check_integrity()
         finally:
             await stream.close()
     finally:

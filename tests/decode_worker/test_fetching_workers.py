@@ -251,7 +251,7 @@ def test_a_request_that_expires_while_it_fetches_is_told_so(with_pair: Run) -> N
 
 async def until_fetching(worker: Worker) -> None:
     async with asyncio.timeout(5):
-        while not worker._host.prefetcher._under_way:  # noqa: ASYNC110 - the worker tells nobody
+        while not worker._host.prefetcher._running:  # noqa: ASYNC110 - the worker tells nobody
             await asyncio.sleep(0.005)
 
 

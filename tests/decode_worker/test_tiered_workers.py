@@ -5,13 +5,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from baton.cluster.cache_events import unpack
 from baton.cluster.redis_client import connect_redis
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.ids import BlockHash, WorkerId
-from baton.rpc import common_pb2, events_pb2, worker_pb2
+from baton.rpc import common_pb2, events_pb2, worker_pb2, worker_pb2_grpc
 from baton.sampling import SamplingParams
 from decode_worker.worker import DecodeWorker
 from engine.core import LocalEngine
@@ -99,6 +100,30 @@ def test_a_decode_worker_restores_what_left_its_pool(llama: Path, with_pair: Run
         assert warm.timeline.restore_s > 0
         ddr = pair.decode.info.latency.restore["ddr"]
         assert ddr.bytes_per_s > 0 and pair.decode.info.latency.restore.keys() == {"ddr"}
+        await told_of(pair.decode)
+
+    async def told_of(worker: Worker) -> None:
+        """What operators and Prometheus see of it."""
+        block_bytes, samples = worker.info.kv_block_bytes, worker._host.registry.get_sample_value
+
+        def stored() -> float | None:
+            return samples("baton_kv_tier_stored_bytes_total", {"tier": "ddr"})
+
+        async with grpc.aio.insecure_channel(worker.address) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            status = await stub.GetCacheStatus(worker_pb2.GetCacheStatusRequest(top_prefixes=3))
+            hbm, ddr = status.tiers
+            assert (hbm.tier, ddr.tier) == (events_pb2.TIER_HBM, events_pb2.TIER_DDR)
+            assert (hbm.hit_tokens, ddr.hit_tokens) == (0, REUSABLE)
+            assert ddr.bytes == ddr.blocks * block_bytes and 19 < ddr.blocks < ddr.blocks_max
+            assert ddr.restore_bytes_per_s > 0 and not ddr.off_reason
+            assert status.top_prefixes[0].tokens == REUSABLE and status.top_prefixes[0].uses >= 1
+            await until(lambda: (stored() or 0) > 19 * block_bytes)
+            assert samples("baton_kv_tier_restored_bytes_total", {"tier": "ddr"}) == 19 * block_bytes
+            cleared = await stub.ClearCache(worker_pb2.ClearCacheRequest())
+            assert cleared.blocks > 100 and cleared.bytes == cleared.blocks * block_bytes
+            status = await stub.GetCacheStatus(worker_pb2.GetCacheStatusRequest())
+            assert [tier.blocks for tier in status.tiers] == [0, 0]
 
     with_pair(test, ddr_bytes=DDR_BYTES)
 
@@ -147,7 +172,8 @@ def test_a_peers_blocks_are_brought_up_from_its_memory_to_be_fetched(llama: Path
         )
         for answer in answers:
             assert answer.token_ids == reference(llama, PROMPT, 12)
-        assert max(answer.timeline.fetched_tokens for answer in answers) == REUSABLE
+        assert [answer.timeline.fetched_tokens for answer in answers] == [REUSABLE] * 3
+        assert pair.decode._host.prefetcher.fetched_tokens == REUSABLE, "by one fetch for all of them"
         assert await places(pair.prefill) == {"hbm"}
 
     with_pair(test, prefill={"ddr_bytes": DDR_BYTES})

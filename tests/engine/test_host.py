@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 from tiny_models import make_model, random_prompt
 
-from baton.clock import ManualClock
+from baton.clock import ManualClock, monotonic
 from baton.cluster.cache_events import NAME_BYTES, CacheChanges, CacheEvents, CacheInventory, stream_key, unpack
 from baton.cluster.membership import MembershipWatch
 from baton.cluster.redis_client import connect_redis
@@ -26,7 +27,7 @@ from baton.latency_fit import LatencyFit
 from baton.rpc import events_pb2, transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
-from engine import tier_metrics
+from engine import cluster_cache, tier_metrics
 from engine.arrival_rate import MEMORY_S
 from engine.core import LocalEngine
 from engine.host import WorkerHost
@@ -35,6 +36,7 @@ from engine.worker_servicer import WorkerServicer
 from kvcache.block_hash import BlockHasher, root_hash
 from kvcache.directory.directory import Directory
 from kvcache.tiers.interface import RestoreTiming
+from kvcache.tiers.store import TierStore
 from kvtransfer.link.proof import UNKNOWN_LINK
 
 WAIT_S = 20
@@ -520,8 +522,33 @@ def test_its_tiers_are_shown(serving: Serving, monkeypatch: pytest.MonkeyPatch) 
 # ---- the directory
 
 
-def test_the_directory_names_what_it_has_and_it_hears_of_pins_and_copies(
-    serving: Serving, redis_server: EmbeddedRedis, key_prefix: str
+@dataclass
+class Heard:
+    """By a worker's tiers, on the engine's thread."""
+
+    pinned: list[tuple[set[BlockHash], float]] = field(default_factory=list)
+    copies: list[tuple[BlockHash, int]] = field(default_factory=list)
+    doubtful: list[BlockHash] = field(default_factory=list)
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    heard = Heard()
+    monkeypatch.setattr(TierStore, "pin", lambda _, names, until_s: heard.pinned.append((set(names), until_s)))
+    monkeypatch.setattr(TierStore, "note_copies", lambda _, copies: heard.copies.extend(copies))
+    monkeypatch.setattr(TierStore, "doubtful", lambda _, count: heard.doubtful[:count])
+    monkeypatch.setattr(cluster_cache, "ASK_PERIOD_S", 0.02)
+    return heard
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not holds():  # noqa: ASYNC110 - of what happens in Redis and on the engine's thread nobody is told
+            await asyncio.sleep(0.01)
+
+
+def test_the_directory_names_what_it_has_and_its_tiers_hear_of_pins(
+    serving: Serving, redis_server: EmbeddedRedis, key_prefix: str, heard: Heard
 ) -> None:
     async def test(worker: Worker) -> None:
         (tokens,) = await worker.generate([random_prompt(64)])
@@ -534,7 +561,35 @@ def test_the_directory_names_what_it_has_and_it_hears_of_pins_and_copies(
                     await asyncio.sleep(0.01)
             assert {(h.worker_id, h.tier) for of_name in found for h in of_name} == {(worker.host.worker_id, "hbm")}
             assert await peer.pin(wanted, worker.host.worker_id, 5.0) == ["hbm"] * len(wanted)
+            before_s = monotonic()
+            await until(lambda: bool(heard.pinned))
+            names_pinned, until_s = heard.pinned[0]
+            assert names_pinned == set(wanted) and before_s < until_s < before_s + 5.5
         finally:
             await redis.aclose()
 
-    serving(test)
+    serving(test, ddr_bytes=2**22)
+
+
+def test_it_asks_which_of_its_blocks_others_have_too(
+    serving: Serving, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [BlockHash(bytes([number]) * NAME_BYTES) for number in range(3)]
+    is_away = False
+
+    async def copies(self: Directory, asked: Sequence[BlockHash]) -> list[int]:
+        del self
+        return [] if is_away else list(range(len(asked)))
+
+    monkeypatch.setattr(Directory, "copies", copies)
+
+    async def test(worker: Worker) -> None:
+        nonlocal is_away
+        heard.doubtful = some
+        await until(lambda: heard.copies[:3] == list(zip(some, range(3), strict=True)))
+        is_away = True
+        told = len(heard.copies)
+        assert (await worker.generate([random_prompt(20)]))[0]
+        assert len(heard.copies) <= told + 3, "where Redis is away nothing is known"
+
+    serving(test, ddr_bytes=2**22)

@@ -17,15 +17,19 @@ from engine import prefetch
 from engine.interface import Reserved, Retention
 from engine.prefetch import FETCH_SHARE, NOTHING, PIN_S, Prefetched, Prefetcher
 from engine.prefetch_metrics import PrefetchMetrics
+from kvcache.block_hash import block_hashes, root_hash
 from kvtransfer.fetch.client import FetchCancelled, Fetched
 
 A = RequestId("a")
 ME, PEER = WorkerId("decode-0"), WorkerId("decode-1")
 BLOCK_TOKENS = 8
-NAMES = tuple(BlockHash(bytes([number]) * 16) for number in range(3))
+MODEL = SimpleNamespace(fingerprint="f", layout=SimpleNamespace(block_tokens=BLOCK_TOKENS, dtype="float32"))
+PROMPT = tuple(range(40))
+ROOT = root_hash("f", BLOCK_TOKENS, "float32", cache_salt="salt")
+NAMES = tuple(block_hashes(ROOT, PROMPT[:32], BLOCK_TOKENS)[1:])
+"""Of the prompt's second to fourth block."""
 BLOCKS = tuple(map(BlockId, (7, 8, 9)))
 RESERVED = Reserved((BlockId(1),), NAMES, BLOCKS)
-PROMPT = tuple(range(40))
 MINE = Retention("t", ttl_s=5.0)
 PLAN = common_pb2.FetchPlan(
     worker_id=PEER, address="peer:1", blocks=4, block_tokens=BLOCK_TOKENS, fetch_s=0.001, compute_s=10.0
@@ -37,7 +41,7 @@ class FakeEngine:
     """On a thread of its own that is none."""
 
     def __init__(self) -> None:
-        self.model = SimpleNamespace(layout=SimpleNamespace(block_tokens=BLOCK_TOKENS))
+        self.model = MODEL
         self.reserved = RESERVED
         self.asked: list[tuple[Sequence[int], str, int]] = []
         self.adopted: list[tuple[Reserved, tuple[int, ...], Retention]] = []
@@ -126,7 +130,7 @@ class Rig:
             raise self.pin_error
 
     def compute_s(self, new: int, cached: int) -> float:
-        assert (new, cached) == (24, 8)
+        assert (new, cached) in ((24, 8), (8, 8), (16, 16))
         return self.prompt_s
 
     async def prefetch(self, **changes: Any) -> Prefetched:
@@ -266,6 +270,85 @@ def test_fetches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         rig.fetcher.may_end.set()
         assert (await first).tokens == 24
         assert (await rig.prefetch()).tokens == 24
+
+    run(test)
+
+
+# ---- several requests for the same
+
+
+@pytest.mark.parametrize("begin", ["one after the other", "at once"])
+def test_requests_that_lack_the_same_share_one_fetch(begin: str) -> None:
+    async def test(rig: Rig) -> None:
+        rig.fetcher.may_end.clear()
+        first = asyncio.create_task(rig.prefetch())
+        if begin == "one after the other":
+            await rig.fetcher.is_asked.wait()
+        second = asyncio.create_task(rig.prefetch())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(rig.fetcher.asked) == 1 and not first.done() and not second.done()
+        rig.engine.reserved = Reserved(BLOCKS, (), ())  # when it looks again
+        rig.fetcher.may_end.set()
+        assert [(await prefetching).tokens for prefetching in (first, second)] == [24, 24]
+        assert len(rig.fetcher.asked) == 1 and rig.prefetcher.fetched_tokens == 24
+
+    run(test)
+
+
+def test_who_lacks_more_fetches_the_rest_afterwards() -> None:
+    other_prompt = (*PROMPT[:16], *range(100, 124))
+    rest = tuple(block_hashes(ROOT, other_prompt[:32], BLOCK_TOKENS)[2:])
+
+    async def test(rig: Rig) -> None:
+        rig.fetcher.may_end.clear()
+        first = asyncio.create_task(rig.prefetch())
+        await rig.fetcher.is_asked.wait()
+        prefetching = rig.prefetcher.prefetch(RequestId("b"), PLAN, other_prompt, "salt", MINE, rig.cancelled)
+        second = asyncio.create_task(prefetching)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(rig.engine.asked) == 1, "it waits for what is under way"
+        rig.engine.reserved = Reserved((BlockId(1), BlockId(2)), rest, BLOCKS[:2])
+        rig.fetcher.may_end.set()
+        rig.fetcher.fetched = Fetched((11, 12, 13), None)
+        assert (await first).tokens == 24
+        rig.fetcher.fetched = Fetched((14, 15), None)
+        assert (await second).tokens == 8 + 16, "one block in common, and the rest"
+        assert [asked[2] for asked in rig.fetcher.asked] == [NAMES, rest]
+
+    run(test)
+
+
+def test_a_shared_fetch_is_taken_back_when_the_last_that_waits_is_gone() -> None:
+    async def test(rig: Rig) -> None:
+        rig.fetcher.may_end.clear()
+        first = asyncio.create_task(rig.prefetch())
+        await rig.fetcher.is_asked.wait()
+        second = asyncio.create_task(rig.prefetch())
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not rig.fetcher.has_ended.is_set() and not second.done()
+        rig.cancelled.set()
+        assert (await second).tokens == 0
+        await rig.fetcher.has_ended.wait()
+
+    run(test)
+
+
+def test_who_shares_a_fetch_waits_no_longer_than_computing_its_part_takes() -> None:
+    async def test(rig: Rig) -> None:
+        rig.fetcher.may_end.clear()
+        first = asyncio.create_task(rig.prefetch())
+        await rig.fetcher.is_asked.wait()
+        second = await rig.prefetch(compute_s=0.05)
+        assert second.tokens == 0 and second.seconds < 0.05 + SOON_S
+        assert not first.done() and not rig.fetcher.has_ended.is_set()
+        rig.fetcher.may_end.set()
+        assert (await first).tokens == 24
 
     run(test)
 

@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from toy_engine import ToyEngine, ToyLogits
+from fake_tiers import FakeTiers, ToyRows
+from toy_engine import ToyEngine, ToyLogits, toy_reference
 
 from baton.errors import InvalidRequest, Overloaded, Unavailable, UnsupportedModel
 from baton.ids import RequestId
@@ -294,3 +295,40 @@ def test_a_failing_receiver_does_not_block_the_engine(monkeypatch: pytest.Monkey
         assert told
 
     asyncio.run(main())
+
+
+# ---- what happens outside of the thread
+
+
+async def _restored_through_a_thread(*, is_told: bool) -> tuple[list[int], FakeTiers]:
+    """Of a request whose prompt lies below the pool: its restore ends when another thread says so, or never."""
+    toy = ToyEngine(blocks=12, tiers=lambda region: FakeTiers(ToyRows(region)))
+    tiers = toy.engine.tiers
+    assert isinstance(tiers, FakeTiers)
+    prompt = tuple(range(1, 22))
+    toy.add("first", prompt)
+    toy.run()
+    toy.add("filler", range(1, 46), salt="x", max_tokens=1)
+    toy.run()
+    tiers.at_once = False
+    heard = Heard()
+    async with engine_thread(heard, toy) as owner:
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        await owner.call(lambda engine: engine.add(EngineRequest(A, prompt, params, Prefill.HERE)))
+        await heard.until(lambda: any(result.admitted for result in heard.results))
+        if is_told:
+            await asyncio.to_thread(tiers.restores[-1].finish)
+        await heard.until(lambda: len(heard.tokens()) == 4)
+    return heard.tokens(), tiers
+
+
+def test_a_wake_up_from_another_thread_is_heard() -> None:
+    tokens, tiers = asyncio.run(_restored_through_a_thread(is_told=True))
+    assert tokens == toy_reference(range(1, 22), SamplingParams(max_tokens=4, ignore_eos=True), 48)
+    assert tiers.restores[-1].result is not None and tiers.restores[-1].result.good == 5
+
+
+def test_who_waits_in_vain_is_looked_after_without_a_wake_up() -> None:
+    tokens, tiers = asyncio.run(_restored_through_a_thread(is_told=False))
+    assert tokens == toy_reference(range(1, 22), SamplingParams(max_tokens=4, ignore_eos=True), 48)
+    assert tiers.restores[-1].result is not None and tiers.restores[-1].result.good == 0

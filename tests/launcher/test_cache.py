@@ -52,7 +52,7 @@ def test_each_tier_of_each_worker_has_a_row() -> None:
     assert lines[1][0] == "prefill-0", "prefill workers first"
     assert lines[2][:3] == ["decode-0", "HBM", "1,000"]
     assert " ".join(lines[3]) == "DDR 1,000 ██░░░░░░ 1.0 GiB of 4.0 GiB 250 25.0% 300 MiB 8.8 GiB/s"
-    assert "Of 2,000 prompt tokens: 50.0% HBM, 25.0% DDR, 12.5% SSD, 0.5% fetched." in shown
+    assert "Of 2,000 prompt tokens looked up: 50.0% HBM, 25.0% DDR, 12.5% SSD, 0.5% fetched." in shown
 
 
 def test_a_tier_that_is_off_says_why() -> None:
@@ -98,7 +98,8 @@ def test_sizes_have_three_digits_or_so(count: int, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "bar"), [(0, "░░░░░░░░"), (2**30, "██░░░░░░"), (4 * 2**30, "████████"), (2**40, "████████")]
+    ("part", "bar"),
+    [(0, "░░░░░░░░"), (1, "█░░░░░░░"), (2**30, "██░░░░░░"), (4 * 2**30, "████████"), (2**40, "████████")],
 )
 def test_a_bar_is_as_long_as_the_tier_is_full(part: int, bar: str) -> None:
     assert used(tier("hbm", bytes=part)).plain.split()[0] == bar

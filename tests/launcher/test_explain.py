@@ -154,6 +154,16 @@ def test_where_cached_tokens_come_from_is_told_unless_it_is_hbm_alone() -> None:
     assert "not computed" not in text(decision(placement()))
 
 
+def test_what_was_restored_and_fetched_stands_beside_what_was_planned() -> None:
+    fetching = candidate("d", "p1", restore_s=0.02, prefill_s=0.1, cached_tokens_ssd=2048, cached_tokens_peer=1536)
+    came = ended(prefill_s=0.11, fetch_s=0.015, fetched_tokens=1024, restored_tokens=2048, restore_s=0.005)
+    shown = text(decision(placement(candidates=[fetching, CHOSEN], actual=came)))
+    assert rows(shown, "restored tokens")[0][-2:] == ["2,048", "2,048"]
+    assert rows(shown, "fetched tokens")[0][-2:] == ["1,536", "1,024"]
+    assert rows(shown, "restore and prefill,")[0][-2:] == ["120", "125"], "a fetch ends before the prefill begins"
+    assert "restored tokens" not in text(decision(placement(actual=ended())))
+
+
 def test_a_single_candidate_has_no_margin() -> None:
     assert "less than the next" not in text(decision(placement(candidates=[CHOSEN])))
 

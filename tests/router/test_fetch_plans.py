@@ -65,6 +65,7 @@ def test_a_decode_worker_that_computes_the_prompt_is_told_whom_to_fetch_from(mod
             assert (plan.blocks, plan.block_tokens) == (HELD_BLOCKS, 16)
             assert 0 < plan.fetch_s < plan.compute_s
             assert abs(plan.compute_s - HELD_BLOCKS * 16 * 0.01) < 0.05, "what computing the same tokens takes"
+            assert rig.metric("baton_placement_fetches_total") == 1
             told = rig.decisions.get(REQUEST)
             assert told is not None
             chosen = told.placements[0].candidates[0]

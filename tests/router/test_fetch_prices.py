@@ -244,21 +244,17 @@ def fleets(draw: st.DrawFn) -> tuple[list[WorkerInfo], int, dict[int, Prefix]]:
 
 def own_options(worker: WorkerInfo, tokens: int, prefix: Prefix) -> list[tuple[int, float]]:
     """Blocks and seconds of each way to use what it has itself, by hand."""
-    blocks, seconds = prefix.hbm, 0.0
+    left = (tokens - 1) // BLOCK_TOKENS
+    blocks, seconds = min(prefix.hbm, left), 0.0
     options = [(blocks, seconds)]
     for tier, count in (("ddr", prefix.ddr), ("ssd", prefix.ssd)):
         if count and tier not in worker.latency.restore:
             break
-        if count:
-            blocks, seconds = (
-                blocks + count,
-                seconds
-                + worker.latency.restore[tier].time_s(  # type: ignore[index]
-                    count * worker.kv_block_bytes
-                ),
-            )
+        if count := min(count, left - blocks):
+            cost = worker.latency.restore[tier]  # type: ignore[index]
+            blocks, seconds = blocks + count, seconds + cost.time_s(count * worker.kv_block_bytes)
             options.append((blocks, seconds))
-    return [(min(blocks, (tokens - 1) // BLOCK_TOKENS), seconds) for blocks, seconds in options]
+    return options
 
 
 def fetch_by_hand(here: WorkerInfo, peer: WorkerInfo, held_blocks: int, until_blocks: int, prefix: Prefix) -> float:

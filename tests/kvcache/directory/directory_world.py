@@ -204,11 +204,11 @@ class World:
     def heal(self) -> None:
         """Without faults the directory says what is there, soon, and nothing else."""
         self.late.clear()
-        for _ in range(7):
+        for _ in range(3):
             for life in self.lives.values():
                 self.settle(life)
-            self.pass_ms(1000)
-            self.check()
+            self.pass_ms(2000)
+        self.check()
         for life in self.lives.values():
             self.settle(life)
             assert life.promised <= life.learnt

@@ -4,7 +4,7 @@ from baton.cluster.redis_server import EmbeddedRedis
 from tests.kvcache.directory.directory_redis import plain_client
 from tests.kvcache.directory.directory_world import run
 
-INTERLEAVINGS = 600
+INTERLEAVINGS = 1000
 
 
 def test_the_directory_names_nothing_that_is_gone_for_longer_than_a_lease() -> None:

@@ -23,7 +23,7 @@ from random import Random
 from typing import NoReturn
 
 from kvcache.tiers.disk_calls import Buffers, DiskCalls, zero
-from kvcache.tiers.slot_format import PAGE_BYTES
+from kvcache.tiers.slot_format import HEADER_BYTES, PAGE_BYTES
 
 Done = Callable[[int], None]
 Scenario = Callable[[Path, int, DiskCalls, Done], None]
@@ -70,10 +70,10 @@ class CountedCalls:
 
     def _write_part(self, file: int, data: bytes, offset: int) -> None:
         """Past direct I/O's rules: not even sectors are whole."""
-        places = [0, len(data), self._random.randrange(min(len(data), PAGE_BYTES)), min(len(data), PAGE_BYTES)]
-        places += [self._random.randrange(len(data)) for _ in range(3)]
+        cut = self._random.choice((0, HEADER_BYTES // 2, HEADER_BYTES, PAGE_BYTES, *[len(data)] * 4))
+        cut = self._random.choice((cut, self._random.randint(0, cut)))
         buffered = os.open(f"/proc/self/fd/{file}", os.O_WRONLY)
-        os.pwrite(buffered, data[: self._random.choice(places)], offset)
+        os.pwrite(buffered, data[:cut], offset)
 
     def _allocate(self, file: int, offset: int, size_bytes: int) -> None:
         if self._is_fatal():

@@ -1,9 +1,11 @@
 """A pool in host memory with the real tiers below it: real threads, a real file."""
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from baton.digest import digests_of
 from baton.ids import BlockHash, BlockId, tenant_tag
@@ -16,6 +18,7 @@ from kvcache.tiers.opening import open_tiers
 from kvcache.tiers.slot_format import HEADERS_OFFSET, slot_bytes, whole_pages
 from tests.kvcache.tiers.store_world import ROOT
 
+Slices = NDArray[np.uint8]
 OWNER = Owner(tenant_tag("a"))
 WAIT_TURNS = 10_000
 TURN_S = 0.001
@@ -38,7 +41,7 @@ class StoreRig:
         ssd_slots: int = 64,
         kv_compression: StorageFormat = "none",
         fingerprint: str = "model",
-        calls: DiskCalls | None = None,
+        calls: DiskCalls = DiskCalls(),  # noqa: B008 - frozen
         wall_clock: Callable[[], float] = lambda: 1.7e9,
     ) -> None:
         self.layout = layout = small_layout(blocks)
@@ -57,10 +60,12 @@ class StoreRig:
             saved_s=lambda _: 0.01,
             verify_ddr="always",
             wall_clock=wall_clock,
-            **({} if calls is None else {"calls": calls}),
+            calls=calls,
         )
         assert store is not None
         self.store = store
+        self.woken = threading.Event()
+        store.wake = self.woken.set
         self.pool = BlockPool(layout.pool_blocks, store)
         self.wrong: list[BlockHash] = []
         """Restored blocks that were not what they should be."""
@@ -70,7 +75,7 @@ class StoreRig:
     def digests(self, blocks: Sequence[BlockId]) -> list[int]:
         return digests_of(self.layout.layers, lambda layer, kv: self.region[layer, kv, list(blocks)])
 
-    def content(self, name: BlockHash) -> np.ndarray:
+    def content(self, name: BlockHash) -> Slices:
         """Of all its slices: numbers that float16 and int8 can hold."""
         numbers = np.random.default_rng(list(name)).standard_normal(self.layout.block_bytes // 2)
         return numbers.astype(np.float16).view(np.uint8).reshape(self.layout.layers, 2, self.layout.slice_bytes)
@@ -111,7 +116,8 @@ class StoreRig:
             self.store.pump(self.pool)
             if self.store.is_settled:
                 return
-            self.store.wait_turn(TURN_S)
+            self.woken.wait(TURN_S)
+            self.woken.clear()
         raise AssertionError("it never settles")
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import errno
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 import numpy as np
 
@@ -166,7 +167,7 @@ class World:
 
 def chain(*path: int) -> list[BlockHash]:
     """The names of a prompt: equal beginnings are equal blocks."""
-    return [BlockHash(bytes([at, *path[:at]]).ljust(16, b".")) for at in range(1, len(path) + 1)]
+    return [BlockHash(sha256(repr(path[:at]).encode()).digest()[:16]) for at in range(1, len(path) + 1)]
 
 
 class Chaos:

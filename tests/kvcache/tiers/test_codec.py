@@ -17,14 +17,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 ULP = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Rounding to the dtype, relative; and in float16's subnormals half of the least one."""
 SUBNORMAL = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 2.0**-134}
-Numbers = NDArray[np.float32]
 
 
 def layout_of(dtype: str, *, layers: int = 3, head_dim: int = 8) -> KVLayout:
     return KVLayout(layers=layers, blocks=9, block_tokens=4, kv_heads=3, head_dim=head_dim, dtype=dtype)
 
 
-def blocks_of(numbers: Numbers, layout: KVLayout) -> Rows:
+def blocks_of(numbers: NDArray[np.floating], layout: KVLayout) -> Rows:
     """[block][layer][k|v][token][head][dim] as rows of the layout's dtype."""
     rows = HostMemory(len(numbers), layout.block_bytes).rows
     narrow(np.ascontiguousarray(numbers, np.float32).reshape(len(numbers), -1), rows, layout.dtype)
@@ -33,7 +32,7 @@ def blocks_of(numbers: Numbers, layout: KVLayout) -> Rows:
 
 def numbers_of(rows: Rows, layout: KVLayout) -> NDArray[np.float64]:
     shape = (len(rows), layout.layers, 2, *layout.shape[3:])
-    return widened(np.ascontiguousarray(rows), layout.dtype).reshape(shape).astype(np.float64)
+    return np.asarray(widened(np.ascontiguousarray(rows), layout.dtype), np.float64).reshape(shape)
 
 
 def round_trip(blocks: Rows, layout: KVLayout) -> tuple[list[int], Rows]:
@@ -48,8 +47,8 @@ def round_trip(blocks: Rows, layout: KVLayout) -> tuple[list[int], Rows]:
 
 def bound(x: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
     """Half a step, and the rounding of float32 and of the dtype."""
-    largest = np.abs(x).max(axis=(3, 5), keepdims=True)
-    step = np.maximum(largest / 127, SCALE_MIN)
+    largest: NDArray[np.float64] = np.abs(x).max(axis=(3, 5), keepdims=True)
+    step: NDArray[np.float64] = np.maximum(largest / 127, SCALE_MIN)
     return step * (0.5 + 2.0**-15) + largest * (1 + 1 / 127) * ULP[dtype] + SUBNORMAL[dtype]
 
 
@@ -143,7 +142,7 @@ def test_stored_bytes_are_what_they_should_be_and_all_written() -> None:
     stored[1][:] = 255
     for rows in stored:
         assert codec.encode(blocks, rows, [Slot(0)]) == []
-    assert np.array_equal(*stored)
+    assert np.array_equal(stored[0], stored[1])
 
 
 def test_which_codec() -> None:

@@ -1,4 +1,4 @@
-"""Seeded interleavings of copies down, restores, cancels and the end, over a disk that is slow, fails and flips bits."""
+"""Seeded interleavings of copies down, restores, cancels and the end; the disk is slow, fails and flips bits."""
 
 import threading
 from random import Random

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from io_rig import BLOCK_BYTES, LAYOUT, WAIT_S, rig_of
 
 from baton.ids import BlockId
 from kvcache.tiers.interface import Slot, SlotHeader
 from kvcache.tiers.restore_copies import stored_digests
-from io_rig import BLOCK_BYTES, LAYOUT, WAIT_S, rig_of
 
 
 def slots(*numbers: int) -> list[Slot]:
@@ -133,19 +133,19 @@ def test_a_scan_that_fails_says_so() -> None:
 def test_close_stops_a_scan() -> None:
     with rig_of() as rig:
         rig.fill(list(range(60)))
-        seen, closing = threading.Event(), threading.Event()
+        seen = threading.Event()
+        told: list[Slot] = []
 
-        def found(_: Slot, __: SlotHeader) -> None:
+        def found(slot: Slot, _: SlotHeader) -> None:
+            told.append(slot)
             seen.set()
-            assert closing.wait(WAIT_S)
-            slots_told.append(1)
+            while rig.io._threads.give_way():  # until it is closing
+                pass
 
-        slots_told: list[int] = []
         job = rig.io.scan(found)
         assert seen.wait(WAIT_S)
-        threading.Timer(0.0, closing.set).start()
         assert rig.io.close()
-        assert job.is_done and len(slots_told) < 60
+        assert job.is_done and told == [Slot(0)]
 
 
 def test_run_does_something_short() -> None:

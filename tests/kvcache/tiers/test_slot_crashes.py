@@ -9,7 +9,7 @@ from slot_scenario import Expected, scenario, steps_of
 
 from kvcache.tiers.interface import Slot
 
-SEEDS = range(160)
+SEEDS = range(120)
 
 
 def test_killed_at_any_point_of_any_write(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_killed_at_any_point_of_any_write(tmp_path: Path) -> None:
         seen += check(one)
     # the rig has teeth: each kind of tear was there to be seen
     assert min(seen[kind] for kind in ("open", "write", "erase", "erase_all")) >= 5, seen
-    assert seen["torn payload"] >= 5 and seen["half a run"] >= 5 and seen["kept"] >= 300, seen
+    assert seen["torn payload"] >= 10 and seen["half a run"] >= 3 and seen["kept"] >= 300, seen
 
 
 def check(killed: Killed) -> Counter[str]:
@@ -42,6 +42,8 @@ def check(killed: Killed) -> Counter[str]:
         for slot, name in served.items():
             allowed = {expected.held.get(slot), written.get(slot)} if slot in touched else {expected.held.get(slot)}
             assert name in allowed, context
+        if torn.kind == "erase_all":
+            assert not served or served == expected.held, context
         for slot in found.keys() - served.keys():
             assert slot in touched, context
             seen["torn payload"] += 1

@@ -26,7 +26,7 @@ from baton.errors import SettingsError
 from kvcache.tiers import slot_directory
 from kvcache.tiers.disk_calls import DiskCalls
 from kvcache.tiers.slot_file import SlotFile
-from kvcache.tiers.slot_format import PAGE_BYTES, FileStamp
+from kvcache.tiers.slot_format import PAGE_BYTES, FileStamp, Superblock
 
 NAMES = [name_of(str(i)) for i in range(8)]
 
@@ -97,6 +97,24 @@ def test_a_file_of_another_model_is_left_for_it(tmp_path: Path) -> None:
         assert not scanned(file)
     with opened(tmp_path, 8, stamp=OTHER_STAMP) as file:
         assert len(scanned(file)) == 8
+
+
+def test_a_look_at_a_file_does_not_keep_its_worker_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = fill(tmp_path, OTHER_STAMP)
+    real, looks = slot_directory.superblock_of, 0
+
+    def superblock_of(fd: int) -> Superblock | None:
+        """While one worker looks, the other starts."""
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            with opened(tmp_path, 8, stamp=OTHER_STAMP) as file:
+                assert file.path == others
+        return real(fd)
+
+    monkeypatch.setattr(slot_directory, "superblock_of", superblock_of)
+    with opened(tmp_path, 8) as file:
+        assert file.path != others and looks > 1
 
 
 def test_where_it_is_in_the_way_it_goes(tmp_path: Path, disk_of: Callable[[Path, int], None]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from slot_rig import (
 )
 
 from baton.ids import BlockHash
-from kvcache.tiers import slot_file
+from kvcache.tiers import slot_file, slot_scan
 from kvcache.tiers.disk_calls import Buffers, DiskCalls, zero
 from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import Slot
@@ -42,7 +43,7 @@ def on_disk(file: SlotFile) -> bytes:
 @pytest.fixture(params=["direct", "buffered"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "buffered":
-        monkeypatch.setattr(slot_file, "_open_direct", lambda _: None)
+        monkeypatch.setattr(slot_file, "open_direct", lambda _: None)
     return str(request.param)
 
 
@@ -172,7 +173,7 @@ def test_a_new_generation_empties_slots_whose_headers_are_still_there(tmp_path: 
 
 
 def test_a_scan_tells_in_order_and_stops_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_file, "SCAN_SLOTS", 4)
+    monkeypatch.setattr(slot_scan, "BATCH_SLOTS", 4)
     with opened(tmp_path, 18) as file:
         write_blocks(file, 0, names(18))
         assert list(scanned(file)) == list(range(18))
@@ -183,7 +184,7 @@ def test_a_scan_tells_in_order_and_stops_when_asked(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_calls_that_stop_half_way_go_on(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_file, "_open_direct", lambda _: None)  # any number of bytes at a time
+    monkeypatch.setattr(slot_file, "open_direct", lambda _: None)  # any number of bytes at a time
     random = Random(seed)
 
     def some(buffers: Buffers) -> Sequence[memoryview]:
@@ -266,6 +267,25 @@ def test_threads_in_slots_of_their_own(tmp_path: Path) -> None:
                 assert all(is_served(file, slot, name) for slot, name in enumerate(written, first))
 
         list(pool.map(rounds, range(4)))
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_file_system_without_direct_io(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = getattr(os, call)
+
+    def refuse(*arguments: Any) -> Any:
+        if call == "preadv" or arguments[1] & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, refuse)
+    with opened(tmp_path, 4) as file:
+        assert not file.is_direct
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        write_blocks(file, 0, names(4))
+        assert all(is_served(file, slot, name) for slot, name in enumerate(names(4)))
 
 
 def test_closing_twice_is_closing(tmp_path: Path) -> None:
