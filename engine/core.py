@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -49,13 +49,14 @@ from engine.sampler import sample
 from engine.scheduler import Chunk, Limits, Scheduler
 from engine.self_test import measure_steps, step_shapes
 from engine.sequence import LiveSequence, Stage, begin_sequence, check_request, owner_of, root_of
+from engine.settler import Settler
 from engine.stopwatch import Stopwatch, work_of
 from engine.tier_pump import TierPump
 from engine.tiers import LateCosts, open_lower_tiers
 from kvcache.block_hash import block_hashes
 from kvcache.block_pool import BlockPool
 from kvcache.restore_plan import DEFAULT_RESTORE, RestoreCosts
-from kvcache.tiers.interface import LowerTiers, RestoreTiming
+from kvcache.tiers.interface import LowerTiers
 from kvtransfer.interface import Region
 from kvtransfer.region import HostRegion
 
@@ -80,17 +81,6 @@ OnLayer = Callable[[int], None]
 
 WAITED_MAX_S = 0.0005
 """A step that was held up by more than this says nothing of how long computing takes."""
-
-
-@dataclass(slots=True)
-class _Settled:
-    """What became of restores since the last result."""
-
-    timings: list[RestoreTiming] = field(default_factory=list)
-    failed: list[Failed] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.timings or self.failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +146,7 @@ class LocalEngine(Generic[AnyLogits]):
         self._scheduler = Scheduler(pool, layout.block_tokens, limits, self._cache)
         self._kept = KeptBlocks(pool)
         self._filled = FilledBlocks(pool, self._cache, self._digests.note, self._scheduler.watermark)
-        self._settled = _Settled()
+        self._settler = Settler(self._scheduler, self._cache, self._filled, self._digests)
         self._clock, self._stopwatch = clock, Stopwatch(clock)
         self._sequences: dict[RequestId, LiveSequence] = {}
         self._arrivals = count()
@@ -314,21 +304,17 @@ class LocalEngine(Generic[AnyLogits]):
         self._pump.on_wake(wake)
 
     def step(self) -> StepResult:
-        self._settle()
+        self._settler.settle()
+        failed = self._fail_broken()
         self._pump.turn()
         result = self._step()
-        if result:
+        failed += self._fail_broken()
+        if result or failed:
             self._pump.changed()
-        changes, settled = self._pump.take_changes(), self._settled
-        if not (changes or settled):
+        changes, restored = self._pump.take_changes(), self._settler.take_timings()
+        if not (failed or restored or changes):
             return result
-        self._settled = _Settled()
-        return replace(
-            result,
-            failed=(*settled.failed, *result.failed),
-            restored=tuple(settled.timings),
-            cache_changes=changes,
-        )
+        return replace(result, failed=(*failed, *result.failed), restored=restored, cache_changes=changes)
 
     def _step(self) -> StepResult:
         if not (self._told_news and self._scheduler.running):
@@ -379,7 +365,7 @@ class LocalEngine(Generic[AnyLogits]):
         try:
             on_layer = self._on_layer([event for _, event in events])
             logits = self._runner.forward([row_of(chunk) for chunk in chunks], gate.before(on_layer))
-            right = self._settle_with(gate, chunks)
+            right = self._settler.settle_step(gate, chunks)
             if len(right) < len(chunks):
                 sampled = [chunk for chunk in chunks if chunk.samples]
                 rows = [index for index, chunk in enumerate(chunks) if chunk in right]
@@ -442,55 +428,19 @@ class LocalEngine(Generic[AnyLogits]):
             self._forget(sequence)
         return StepResult(failed=tuple(Failed(sequence.request_id, reason) for sequence in sequences))
 
-    # ---- what comes up from lower tiers
-
-    def _settle(self) -> None:
-        """Sees to the restores that have ended by now, and ends those that have turned slow."""
-        restoring = self._cache.restoring
-        if restoring:
-            self._cache.give_up_slow(restoring.values())
-            for sequence in [sequence for sequence, its in restoring.items() if its.is_over]:
-                self._settle_one(sequence)
-        self._settled.timings += self._filled.settle()
-
-    def _settle_with(self, gate: RestoreGate, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
-        """After a forward pass: the chunks that were computed from what they should be."""
-        if not gate.has_restores:
-            return chunks
-        gate.wait_for_all()
-        for chunk in chunks:
-            if chunk.sequence.restoring is not None:
-                self._settle_one(chunk.sequence)
-        live = self._sequences
-        return [c for c in chunks if c.sequence.request_id in live and c.sequence.computed == c.start]
-
-    def _settle_one(self, sequence: LiveSequence) -> None:
-        restoring = sequence.restoring
-        assert restoring is not None
-        restored = restoring.restore.result
-        assert restored is not None
-        blocks = [sequence.blocks[index] for index in restoring.filled[: restored.good]]
-        can_go_on = self._scheduler.settle(sequence)
-        if restored.digests:
-            self._digests.note(blocks, restored.digests)
-        self._settled.timings += restored.timings
-        if restored.reason:
-            log.warning(
-                "%d of %d blocks could not be restored: %s",
-                len(restoring.filled) - restored.good,
-                len(restoring.filled),
-                restored.reason,
-            )
-        if not can_go_on:
-            self._forget(sequence)
-            error = BatonError("Cached KV that was to be sent could not be read any more.")
-            self._settled.failed.append(Failed(sequence.request_id, error))
-
     def costs(self) -> RestoreCosts:
         """Of bringing up and of computing, as far as is known by now."""
         layout, latency = self.model.layout, self.latency()
         latency = replace(latency, restore={**DEFAULT_RESTORE, **latency.restore})
         return RestoreCosts(latency, layout.block_tokens, layout.block_bytes, self._scheduler.limits.chunk_tokens)
+
+    def _fail_broken(self) -> list[Failed]:
+        """Requests of which others were told what then could not be restored."""
+        broken = [s for s in self._settler.take_broken() if self._sequences.get(s.request_id) is s]
+        for sequence in broken:
+            self._forget(sequence)
+        error = BatonError("Cached KV that was to be sent could not be read any more.")
+        return [Failed(sequence.request_id, error) for sequence in broken]
 
     # ---- the self-test
 

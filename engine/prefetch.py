@@ -48,6 +48,18 @@ class Prefetched:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a request asks for."""
+
+    request_id: RequestId
+    plan: common_pb2.FetchPlan
+    prompt: Sequence[int]
+    cache_salt: str
+    retention: Retention
+    cancelled: asyncio.Event
+
+
+@dataclass(frozen=True, slots=True)
 class _Wait:
     """For some blocks of a fetch, so long at most."""
 
@@ -125,13 +137,13 @@ class Prefetcher(Generic[E]):
         if reason := self._reason_against(plan):
             log.debug("request %s: nothing is fetched: %s", request_id, reason)
             return NOTHING
-        names = self._names(plan, prompt, cache_salt)
-        blocks, waited_s = 0, 0.0
+        asked = _Asked(request_id, plan, prompt, cache_salt, retention, cancelled)
+        names, blocks, waited_s = self._names(asked), 0, 0.0
         for _ in range(ROUNDS_MAX):
             wait = (
-                self._join(plan, names, waited_s)
-                or await self._begin(request_id, plan, prompt, cache_salt, retention, cancelled, waited_s)
-                or self._join(plan, names, waited_s)  # there was no room, perhaps because somebody else had it
+                self._join(asked, names, waited_s)
+                or await self._begin(asked, waited_s)
+                or self._join(asked, names, waited_s)  # there was no room, perhaps because somebody else had it
             )
             if wait is None or wait.within_s <= 0:
                 break
@@ -165,79 +177,70 @@ class Prefetcher(Generic[E]):
 
     # ---- one fetch
 
-    def _names(self, plan: common_pb2.FetchPlan, prompt: Sequence[int], cache_salt: str) -> list[BlockHash]:
+    def _names(self, asked: _Asked) -> list[BlockHash]:
         """Of the blocks that the peer has."""
         model = self._engine.model
         block_tokens = model.layout.block_tokens
-        return block_hashes(root_of(model, cache_salt), prompt[: plan.blocks * block_tokens], block_tokens)
+        tokens = asked.prompt[: asked.plan.blocks * block_tokens]
+        return block_hashes(root_of(model, asked.cache_salt), tokens, block_tokens)
 
-    def _join(self, plan: common_pb2.FetchPlan, names: Sequence[BlockHash], waited_s: float) -> "_Wait | None":
+    def _join(self, asked: _Asked, names: Sequence[BlockHash], waited_s: float) -> _Wait | None:
         """For what another request fetches already."""
         for index, name in enumerate(names):
             if fetch := self._running.get(name):
                 wanted = names[index:]
-                within_s = self._within_s(plan, fetch.in_common(wanted), index) - waited_s
+                within_s = self._within_s(asked.plan, fetch.in_common(wanted), index) - waited_s
                 return _Wait(fetch, wanted, within_s, is_own=False)
         return None
 
-    async def _begin(
-        self,
-        request_id: RequestId,
-        plan: common_pb2.FetchPlan,
-        prompt: Sequence[int],
-        cache_salt: str,
-        retention: Retention,
-        cancelled: asyncio.Event,
-        waited_s: float,
-    ) -> "_Wait | None":
+    async def _begin(self, asked: _Asked, waited_s: float) -> _Wait | None:
         """None: nothing is lacking, there is no room for it, or computing it is as quick."""
-        try:
-            reserved = await acquire(
-                self._engine, lambda engine: engine.reserve(prompt, cache_salt, plan.blocks), _give_back
-            )
-        except BatonError as error:
-            log.debug("request %s: nothing is fetched: %s", request_id, error)
+        reserved = await self._reserve(asked)
+        if reserved is None:
             return None
         names = reserved.names
-        within_s = self._within_s(plan, len(names), len(reserved.held)) - waited_s if names else 0.0
-        if within_s <= plan.fetch_s or cancelled.is_set():
-            self._adopt(reserved, (), retention)
+        within_s = self._within_s(asked.plan, len(names), len(reserved.held)) - waited_s
+        if within_s <= asked.plan.fetch_s or asked.cancelled.is_set():
+            self._adopt(reserved, (), asked.retention)
             return None
         if others := self._running.get(names[0]):  # begun while the engine was asked
-            self._adopt(reserved, (), retention)
+            self._adopt(reserved, (), asked.retention)
             return _Wait(others, names, within_s, is_own=False)
-        fetch = self._running[names[0]] = RunningFetch(
-            names, partial(self._fetch, request_id, plan, reserved, retention, FETCH_SHARE * within_s)
-        )
+        fetch = RunningFetch(names, partial(self._fetch, asked, reserved, FETCH_SHARE * within_s))
+        self._running[names[0]] = fetch
         fetch.task.add_done_callback(lambda _: self._running.pop(names[0]))
         return _Wait(fetch, names, within_s, is_own=True)
+
+    async def _reserve(self, asked: _Asked) -> Reserved | None:
+        prompt, salt, blocks_max = asked.prompt, asked.cache_salt, asked.plan.blocks
+        try:
+            reserved = await acquire(self._engine, lambda engine: engine.reserve(prompt, salt, blocks_max), _give_back)
+        except BatonError as error:
+            log.debug("request %s: nothing is fetched: %s", asked.request_id, error)
+            return None
+        if reserved.names:
+            return reserved
+        self._adopt(reserved, (), asked.retention)
+        return None
 
     def _within_s(self, plan: common_pb2.FetchPlan, blocks: int, behind: int) -> float:
         """So long computing so many blocks behind others takes, by whoever says less."""
         block_tokens = self._engine.model.layout.block_tokens
         return min(plan.compute_s, self._speed.compute_s(blocks * block_tokens, behind * block_tokens))
 
-    async def _fetch(
-        self,
-        request_id: RequestId,
-        plan: common_pb2.FetchPlan,
-        reserved: Reserved,
-        retention: Retention,
-        deadline_s: float,
-        taken_back: asyncio.Event,
-    ) -> int:
+    async def _fetch(self, asked: _Asked, reserved: Reserved, deadline_s: float, taken_back: asyncio.Event) -> int:
         """The blocks that came. Sees to the reserved ones, whoever waits for it."""
-        began_s = self._clock()
+        began_s, plan, names = self._clock(), asked.plan, reserved.names
         if self._pin is not None:
-            self._leave(self._pin_there(self._pin, reserved.names, WorkerId(plan.worker_id)))
+            self._leave(self._pin_there(self._pin, names, WorkerId(plan.worker_id)))
         fetched = await self._fetcher.fetch(
-            plan.address, request_id, reserved.names, reserved.blocks, deadline_s, taken_back
+            plan.address, asked.request_id, names, reserved.blocks, deadline_s, taken_back
         )
-        self._take_in(fetched, reserved, retention)
+        self._take_in(fetched, reserved, asked.retention)
         tokens = fetched.blocks * self._engine.model.layout.block_tokens
-        self._metrics.ended(fetched, len(reserved.names), tokens, self._clock() - began_s)
+        self._metrics.ended(fetched, len(names), tokens, self._clock() - began_s)
         if fetched.error is not None:
-            log.info("request %s: %d blocks fetched: %s", request_id, fetched.blocks, fetched.error)
+            log.info("request %s: %d blocks fetched: %s", asked.request_id, fetched.blocks, fetched.error)
         return fetched.blocks
 
     def _take_in(self, fetched: Fetched, reserved: Reserved, retention: Retention) -> None:

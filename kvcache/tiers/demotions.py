@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 from kvcache.tiers.index import Mark
@@ -149,7 +150,8 @@ class Demotions:
         for row in chain:
             if row not in lacking:
                 self._shelves.drop(row, "ddr")
-        written = self._write(lacking, value, batch, now_s)
+        worth = inf if index.is_marked(chain[0], Mark.PROMISED) else value
+        written = self._write(lacking, worth, batch, now_s)
         kept = 0
         for row in lacking[: len(lacking) - written]:
             if kept or not self._may_be_lost(row):
@@ -224,6 +226,7 @@ class Demotions:
 
     def _may_go(self, row: int, tier: LowerTier) -> bool:
         """At once."""
-        if row not in self._shelves.index.leaves[tier] or row in self.spared:
+        index = self._shelves.index
+        if row not in index.leaves[tier] or row in self.spared or index.is_marked(row, Mark.PROMISED):
             return False
         return tier == "ssd" or self._is_bare(row)

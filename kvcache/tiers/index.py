@@ -38,6 +38,9 @@ class Mark:
     PROMISED: Final = 16
     PINNED: Final = 32
     """A peer is about to read it."""
+    DECLINED: Final = 64
+    """Dropped from DDR, or moved on, although HBM would soon evict it, and not used since: it has been weighed, and is
+    not copied down again before HBM does evict it."""
     BUSY: Final = MOVING | PINNED
 
 
@@ -154,8 +157,10 @@ class TierIndex:
         self.counts[tier] -= 1
         if tier == "hbm":
             self._row_in_block[place] = NO_ROW
-            self.mark(row, Mark.FROM_BELOW, False)
-        elif not self.lies_below(row):
+            self.mark(row, Mark.FROM_BELOW | Mark.DECLINED, False)
+        elif tier == "ddr" and self._hbm[row] and self._mark[row] & Mark.GOING:
+            self.mark(row, Mark.DECLINED, True)
+        if tier != "hbm" and not self.lies_below(row):
             self.mark(row, Mark.DIGESTED | Mark.GOING | Mark.FROM_BELOW, False)
         above, is_present = self._parent[row], self.is_present(row)
         if above:
@@ -205,7 +210,7 @@ class TierIndex:
         """These are used now, and were so often before."""
         self.used_at[rows] = now_s
         self.uses[rows] = np.minimum(uses, USES_MAX)
-        self.marks[rows] &= ~np.uint8(Mark.GOING)
+        self.marks[rows] &= ~np.uint8(Mark.GOING | Mark.DECLINED)
 
     def note_digest(self, row: int, digest: int) -> None:
         self.digest[row] = digest

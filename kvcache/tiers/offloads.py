@@ -91,7 +91,7 @@ class Offloads:
     def _is_wanted(self, row: int) -> bool:
         """What came up from the SSD is worth a place in DDR the second time, while there is room."""
         index = self._shelves.index
-        if index.is_marked(row, Mark.MOVING) or index.is_in(row, "ddr"):
+        if index.is_marked(row, Mark.MOVING | Mark.DECLINED) or index.is_in(row, "ddr"):
             return False
         return not index.is_in(row, "ssd") or index.is_marked(row, Mark.FROM_BELOW)
 

@@ -37,7 +37,8 @@ from kvcache.tiers.store_io import Job, StoreIo
 from kvcache.tiers.worth import Worth
 
 DOUBTFUL_DIVISOR: Final = 16
-"""Blocks may be dropped soon when fewer than one in so many of the lowest tier's slots are free."""
+"""Blocks may be dropped soon when fewer than one in so many of the lowest tier's slots are free, or a few."""
+DOUBTFUL_MIN: Final = 32
 
 SCAN_WAIT_S: Final = 2.0
 SCAN_TURN_S: Final = 0.001
@@ -243,7 +244,7 @@ class TierStore:
     def doubtful(self, count: int) -> Sequence[BlockHash]:
         tier: LowerTier = "ssd" if self._shelves.has_ssd else "ddr"
         slots = self._shelves.slots[tier]
-        if not self._demotions.is_scanned or slots.free * DOUBTFUL_DIVISOR >= slots.total:
+        if not self._demotions.is_scanned or slots.free >= max(DOUBTFUL_MIN, slots.total // DOUBTFUL_DIVISOR):
             return ()
         rows = self._worth.doubtful(tier, count, self._clock())
         return self._index.table.names(np.asarray(rows, np.int64))

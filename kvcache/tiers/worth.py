@@ -35,16 +35,18 @@ class Worth:
     def values(self, rows: Rows | Sequence[int], now_s: float) -> Floats:
         """Infinite for what may not be dropped."""
         some = np.asarray(rows, np.int64)
-        values = self._policy.values(self._index.candidates(some, now_s, self._saved_s, self._row_bytes))
         kept = (self._index.marks[some] & np.uint8(Mark.PROMISED | Mark.PINNED)) > 0
-        return np.where(kept, inf, values)
+        return np.where(kept, inf, self._plain_values(some, now_s))
+
+    def _plain_values(self, rows: Rows, now_s: float) -> Floats:
+        return self._policy.values(self._index.candidates(rows, now_s, self._saved_s, self._row_bytes))
 
     def weakest(self, tier: LowerTier, now_s: float) -> list[tuple[int, float]]:
-        """Leaves of the tier with what they are worth, the least first."""
+        """Leaves of the tier with what they are worth, promised or not, the least first."""
         rows = self._index.leaves[tier].sample(SAMPLE, self._random)
         if not len(rows):
             return []
-        values = self.values(rows, now_s)
+        values = self._plain_values(rows, now_s)
         order = np.argsort(values, kind="stable")
         return list(zip(rows[order].tolist(), values[order].tolist(), strict=True))
 

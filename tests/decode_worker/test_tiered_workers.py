@@ -68,14 +68,10 @@ async def places(worker: Worker) -> set[str | None]:
     """Where the prompt's reusable blocks lie on a worker: in the highest tier."""
 
     def look(engine: LocalEngine[Any]) -> set[str | None]:
-        names = names_of(engine)
+        names = block_hashes(root_of(engine.model, ""), PROMPT[:-1], engine.model.layout.block_tokens)
         return {engine.tiers.tier_of(name) if engine.tiers else None for name in names}
 
     return await worker._host.engine.call(look)
-
-
-def names_of(engine: LocalEngine[Any]) -> list[BlockHash]:
-    return block_hashes(root_of(engine.model, ""), PROMPT[:REUSABLE], 8)
 
 
 def plan_of(worker: Worker) -> common_pb2.FetchPlan:
@@ -144,7 +140,8 @@ def test_what_the_decode_worker_restores_is_not_asked_of_the_prefill_worker(llam
     with_pair(test, ddr_bytes=DDR_BYTES)
 
 
-def test_a_prefill_worker_restores_and_sends_it(llama: Path, with_pair: Run) -> None:
+@pytest.mark.parametrize(("block_tokens", "reusable"), [(8, REUSABLE), (16, 144)])
+def test_a_prefill_worker_restores_and_sends_it(block_tokens: int, reusable: int, llama: Path, with_pair: Run) -> None:
     async def test(pair: Pair) -> None:
         await pair.ask(PROMPT, GREEDY)
         await evict_from_prefill(pair)
@@ -153,12 +150,12 @@ def test_a_prefill_worker_restores_and_sends_it(llama: Path, with_pair: Run) -> 
         warm = await pair.ask(PROMPT, GREEDY)
         assert warm.token_ids == reference(llama, PROMPT, 12)
         timeline = warm.timeline
-        assert timeline.prefill_worker == pair.prefill.info.worker_id or timeline.prefill_worker
-        assert (timeline.cached_tokens, timeline.prefill_cached_tokens) == (0, REUSABLE)
-        assert timeline.restored_tokens == REUSABLE and timeline.restore_s > 0
+        assert (timeline.cached_tokens, timeline.prefill_cached_tokens) == (0, reusable)
+        assert timeline.restored_tokens == reusable and timeline.restore_s > 0
         assert timeline.transfer_bytes == 20 * pair.decode.info.kv_block_bytes
 
-    with_pair(test, prefill={"ddr_bytes": DDR_BYTES})
+    blocks = 100 * 8 // block_tokens
+    with_pair(test, prefill={"ddr_bytes": DDR_BYTES, "block_tokens": block_tokens, "kv_blocks": blocks})
 
 
 def test_a_peers_blocks_are_brought_up_from_its_memory_to_be_fetched(llama: Path, with_pair: Run) -> None:

@@ -5,7 +5,8 @@ from hypothesis import given
 
 from baton.cluster.cache_events import CacheChanges
 from baton.ids import BlockHash, BlockId
-from engine.cache_journal import CacheJournal
+from baton.latency import Tier
+from engine.cache_journal import CacheJournal, across_tiers
 
 BLOCK = BlockId(3)
 A, B, C = (BlockHash(bytes([number]) * 16) for number in range(3))
@@ -80,3 +81,63 @@ def test_the_net_of_each_step_makes_what_is_there_now(steps: Sequence[Sequence[i
             now ^= {name}
         apply(told, journal.take())
         assert told == now
+
+
+# ---- across tiers
+
+
+class Tiers:
+    """Where blocks are now, and of which it may have changed."""
+
+    def __init__(self, where: dict[BlockHash, Tier], *changed: BlockHash) -> None:
+        self._where, self._changed = where, changed
+
+    def tier_of(self, name: BlockHash) -> Tier | None:
+        return self._where.get(name)
+
+    def changed(self) -> Sequence[BlockHash]:
+        return self._changed
+
+
+def test_a_block_is_told_in_the_highest_tier_that_has_it() -> None:
+    pool = CacheChanges({"hbm": (A,)}, removed=(B, C))
+    assert across_tiers(pool, Tiers({A: "hbm", B: "ddr"}, A, B, C)) == CacheChanges(
+        {"hbm": (A,)}, {"ddr": (B,)}, removed=(C,)
+    )
+
+
+def test_a_copy_below_a_block_is_nothing_new() -> None:
+    assert not across_tiers(CacheChanges(), Tiers({A: "hbm"}, A))
+
+
+def test_what_moves_below_the_pool_is_told() -> None:
+    assert across_tiers(CacheChanges(), Tiers({A: "ssd"}, A, B)) == CacheChanges(moved={"ssd": (A,)}, removed=(B,))
+
+
+def test_nothing_happened_in_any_tier() -> None:
+    assert not across_tiers(CacheChanges(), Tiers({A: "ssd"}))
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 4), st.sampled_from((None, "hbm", "ddr", "ssd"))))))
+def test_whatever_happens_the_net_is_where_blocks_are_now(
+    steps: Sequence[Sequence[tuple[int, Tier | None]]],
+) -> None:
+    """What is below HBM may be in HBM, too, and not the other way round; all that may have changed is named."""
+    journal, told = CacheJournal(), dict[BlockHash, Tier]()
+    where: dict[BlockHash, Tier] = {}
+    for step in steps:
+        changed = set[BlockHash]()
+        for number, tier in step:
+            name = BlockHash(bytes([number]) * 16)
+            if (where.get(name) == "hbm") != (tier == "hbm"):
+                (journal.stored if tier == "hbm" else journal.removed)(BLOCK, name)
+            where.pop(name, None)
+            if tier is not None:
+                where[name] = tier
+            changed.add(name)
+        changes = across_tiers(journal.take(), Tiers(where, *changed))
+        for groups in (changes.stored, changes.moved):
+            told.update({name: tier for tier, names in groups.items() for name in names})
+        for name in changes.removed:
+            told.pop(name, None)
+        assert told == where

@@ -142,7 +142,7 @@ def test_the_device_copier_moves_rows_as_the_tiers_keep_them() -> None:
         assert torch.equal(rows[slot, : layout.block_bytes], row)
     assert not rows[[2, 3]].any() and not rows[:, layout.block_bytes :].any()
     region.tensor.zero_()
-    copier.scatter(range(0, 1), rows.numpy(), slots, [1, 9, 5])  # type: ignore[arg-type]
+    copier.scatter(range(1), rows.numpy(), slots, [1, 9, 5])  # type: ignore[arg-type]
     assert torch.equal(region.tensor[0, :, [1, 9, 5]], before[0, :, [7, 2, 3]])
     assert not region.tensor[1:].any()
     copier.scatter(range(1, 3), rows.numpy(), slots, [1, 9, 5])  # type: ignore[arg-type]

@@ -335,6 +335,32 @@ def test_its_self_test_is_what_it_knows_of_its_speed(serving: Serving) -> None:
     serving(test, self_test=True)
 
 
+def test_its_tiers_are_tested_too(serving: Serving) -> None:
+    async def test(worker: Worker) -> None:
+        ddr = worker.host.info.latency.restore["ddr"]
+        assert 10**6 < ddr.bytes_per_s < 10**12 and 0 <= ddr.latency_s < 1
+        assert not await worker.inventory() and ratios(worker, "restore_ddr") == 0
+
+    serving(test, self_test=True, ddr_bytes=2**24)
+
+
+def test_a_worker_whose_tiers_fail_their_test_does_not_know_their_speed(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(TierStore, "self_test", fail)
+
+    async def test(worker: Worker) -> None:
+        assert worker.host.info.latency.restore == {}
+        assert worker.host.info.latency.prefill != LatencyFit().latency.prefill
+
+    with caplog.at_level(logging.WARNING):
+        serving(test, self_test=True, ddr_bytes=2**24)
+    assert any("tiers' self-test failed" in record.message for record in caplog.records)
+
+
 def test_a_worker_whose_self_test_fails_serves_with_the_default(
     serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

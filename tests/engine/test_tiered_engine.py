@@ -288,6 +288,25 @@ def test_closing_ends_everything() -> None:
     assert tiers.restores[-1].result is not None and tiers.is_closed
 
 
+@pytest.mark.parametrize("prefill", [Prefill.HERE, Prefill.ELSEWHERE])
+@pytest.mark.parametrize("left", [0, 2])
+def test_what_is_dropped_to_make_room_for_itself_is_computed(prefill: Prefill, left: int) -> None:
+    toy = tiered()
+    tiers = below(toy)
+    tiers.blocks_max = len(tiers.rows) + left
+    for name in reversed(names(PROMPT)[left:]):  # the first to go
+        tiers.rows = {name: tiers.rows.pop(name), **tiers.rows}
+    toy.add("a", PROMPT, prefill)
+    toy.step()
+    assert toy.admitted[A].cached_tokens == 20
+    if prefill is Prefill.ELSEWHERE:
+        toy.engine.prefill_here(A)
+    toy.run()
+    assert toy.outputs[A] == reference(PROMPT)
+    assert toy.first[A].restored_tokens < 20
+    toy.assert_idle()
+
+
 # ---- preemption
 
 

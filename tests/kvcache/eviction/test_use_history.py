@@ -1,5 +1,5 @@
+from collections import Counter
 from hashlib import sha256
-from itertools import count
 
 import numpy as np
 from hypothesis import given
@@ -43,10 +43,11 @@ def test_the_sample_is_of_what_is_there() -> None:
 @given(st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=60, unique=True), max_size=30))
 def test_while_there_is_room_it_counts_exactly(prompts: list[list[int]]) -> None:
     """401 names among 1,024 sets of 8: none is ever forgotten."""
-    history, uses = UseHistory(8192), dict[int, count[int]]()
+    history, uses = UseHistory(8192), Counter[int]()
     for now_s, numbers in enumerate(prompts):
         seen = history.see(names(*numbers), 0, float(now_s))
-        assert seen.uses.tolist() == [next(uses.setdefault(number, count())) for number in numbers]
+        assert seen.uses.tolist() == [uses[number] for number in numbers]
+        uses.update(numbers)
         assert len(seen.forgotten.age_s) == 0
 
 

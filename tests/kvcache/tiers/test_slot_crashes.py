@@ -20,7 +20,7 @@ def test_killed_at_any_point_of_any_write(tmp_path: Path) -> None:
         seen += check(one)
     # the rig has teeth: each kind of tear was there to be seen
     assert min(seen[kind] for kind in ("open", "write", "erase", "erase_all")) >= 5, seen
-    assert seen["torn payload"] >= 10 and seen["half a run"] >= 3 and seen["kept"] >= 300, seen
+    assert seen["torn payload"] >= 10 and seen["half a run"] >= 3 and seen["kept"] >= 200, seen
 
 
 def check(killed: Killed) -> Counter[str]:

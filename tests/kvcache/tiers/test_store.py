@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from baton.ids import BlockHash
+from kvcache.eviction.policy import make_policy
 from kvcache.tiers.index import TierIndex
 from kvcache.tiers.interface import Owner
 from tests.kvcache.tiers.fake_io import FakeRestore
@@ -32,20 +33,23 @@ def tiers(world: World, names: Sequence[BlockHash]) -> list[str | None]:
 
 
 def test_what_will_be_evicted_soon_is_copied_before() -> None:
-    world = World(blocks=32, ddr_slots=32)
-    for number in range(16):
+    world = World(blocks=32, ddr_slots=32, ssd_slots=0)
+    for number in range(14):
         world.run(chain(number, 0))
-    held = world.pool.available
+    available = world.pool.available
     world.pump()
     (job,) = world.io.jobs
-    assert world.pool.available == held - 4, "an eighth of the pool at most, and they are held meanwhile"
+    assert world.pool.available == available - 4, "an eighth of the pool at most, and they are held meanwhile"
+    soon = {name for _, name in world.pool.upcoming(28)}
     world.io.end(job)
     world.pump()
-    copied = world.io.copied_now
+    assert world.pool.available >= available - 4
+    copied = [name for number in range(14) for name in chain(number, 0) if world.store.locate([name])]
+    assert len(copied) == 4 and not soon.issuperset(copied)
     world.settle()
-    before = world.io.copied_now
-    world.run(chain(99, 0))
-    assert world.io.copied_now == before > copied - 1, "nothing was left to copy at once"
+    assert {name for _, name in world.pool.upcoming(4)} <= {
+        name for number in range(14) for name in chain(number, 0) if world.store.locate([name])
+    }
 
 
 def test_bytes_in_flight_are_bounded() -> None:
@@ -59,17 +63,17 @@ def test_bytes_in_flight_are_bounded() -> None:
 
 def test_an_evicted_block_that_was_not_copied_yet_is_copied_at_once() -> None:
     world = World(blocks=8, ddr_slots=8)
-    world.run(chain(1, 0))
-    for number in range(2, 6):
+    for number in range(1, 6):
         world.run(chain(number, 0))
-    assert tiers(world, chain(1, 0)) == ["ddr", "ddr"]
+    evicted = [name for number in range(1, 6) for name in chain(number, 0) if world.pool.find(name) is None]
+    assert evicted and tiers(world, evicted) == ["ddr"] * len(evicted)
 
 
 def test_leaves_go_first() -> None:
     world = World(blocks=8, ddr_slots=4, ssd_slots=0)
     for number in range(1, 30):
         fill(world, [number], 3)
-        for prompt in map(lambda n: chain(n, 0, 1), range(1, number)):
+        for prompt in (chain(n, 0, 1) for n in range(1, number)):
             places = tiers(world, prompt)
             below = [place for place in places if place != "hbm"]
             assert below == sorted(below, key=lambda place: place is None), "a block lies below without its head"
@@ -96,15 +100,13 @@ def test_what_came_back_from_below_is_not_copied_again() -> None:
 
 
 def test_prompts_seen_once_do_not_push_out_what_is_used_again_and_again() -> None:
-    from kvcache.eviction.policy import make_policy
-
     world = World(blocks=16, ddr_slots=32, ssd_slots=0)
     world.store._worth._policy = make_policy(48)
     hot = [chain(number, 1, 2) for number in range(8)]
     found = asked = 0
     for turn in range(400):
         world.clock.now_s += 1
-        world.run(chain(100 + turn % 150, turn // 150, 5))  # a scan, larger than everything
+        world.run(chain(100 + turn, 9, 5))  # a scan
         if turn % 2:
             prompt = hot[turn // 2 % len(hot)]
             if turn > 200:
@@ -117,8 +119,6 @@ def test_prompts_seen_once_do_not_push_out_what_is_used_again_and_again() -> Non
 
 
 def test_the_last_copy_goes_later_than_a_duplicate() -> None:
-    from kvcache.eviction.policy import make_policy
-
     world = World(blocks=8, ddr_slots=24, ssd_slots=0)
     world.store._worth._policy = make_policy(32)
     for number in range(1, 9):
@@ -160,7 +160,9 @@ def test_slots_stay_as_they_are_while_they_are_read() -> None:
     """The fake asserts that nobody writes them."""
     world = World(blocks=16, ddr_slots=4, ssd_slots=4)
     fill(world, range(1, 12))
-    names = next(names for n in range(1, 12) if world.store.locate(names := chain(n, 0)) and not world.pool.find(names[0]))
+    names = next(
+        names for n in range(1, 12) if world.store.locate(names := chain(n, 0)) and not world.pool.find(names[0])
+    )
     running = world.begin(names, Owner(TENANTS[0]))
     assert running is not None and isinstance(running.restore, FakeRestore)
     for number in range(20, 40):
@@ -216,18 +218,21 @@ def test_a_promise_outlives_the_process() -> None:
     kept = chain(1, 0)
     world.run(kept, Owner(TENANTS[0], ttl_s=1000.0, quota_bytes=PLENTY))
     fill(world, range(2, 30))
-    assert tiers(world, kept) == ["ssd", "ssd"]
+    assert all(header.keep_until for header, _ in world.io.ssd.values() if header.name in kept)
+    assert sum(header.name in kept for header, _ in world.io.ssd.values()) == 2
     again = World(blocks=8, ddr_slots=8, ssd_slots=8, ssd=world.io.ssd, wall=world.wall)
     again.settle()
     fill(again, range(30, 60))
     assert tiers(again, kept) == ["ssd", "ssd"]
+    again.wall.now_s += 1001
+    fill(again, range(60, 90))
+    assert tiers(again, kept) == [None, None]
 
 
 def test_what_a_peer_is_about_to_read_is_not_dropped() -> None:
     world = World(blocks=8, ddr_slots=12, ssd_slots=0)
-    fill(world, [1, 2, 3, 4, 5])
-    names = chain(1, 0)
-    assert tiers(world, names) == ["ddr", "ddr"]
+    fill(world, [1, 2, 3, 4, 5, 6])
+    names = next(names for n in range(1, 6) if tiers(world, names := chain(n, 0)) == ["ddr", "ddr"])
     world.store.pin(names, world.clock() + 50)
     fill(world, range(10, 40))
     assert tiers(world, names) == ["ddr", "ddr"]
@@ -242,23 +247,19 @@ def test_what_a_peer_is_about_to_read_is_not_dropped() -> None:
 def test_a_failing_disk_turns_its_tier_off_and_serving_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     world = World(blocks=8, ddr_slots=8, ssd_slots=12)
     fill(world, range(1, 10))
-    fell = False
-    for number in range(20, 40):
-        world.run(chain(number, 0))
-        world.pump()
-        for job in tuple(world.io.jobs):
-            fell = True
-            world.io.end(job, DISK_ERROR)
-        if fell and world.store.states()[1].off_reason:
-            break
     with caplog.at_level(logging.WARNING):
+        for number in range(20, 40):
+            world.run(chain(number, 0))
+            world.pump()
+            for job in tuple(world.io.jobs):
+                world.io.end(job, DISK_ERROR)
         fill(world, range(40, 60))
     ssd = world.store.states()[1]
     assert "Input/output error" in ssd.off_reason
     assert ssd.blocks == 0
     assert world.store.states()[0].blocks > 0
     world.store.check_integrity()
-    assert not caplog.records, "it is said once"
+    assert len(caplog.records) == 1, "it is said once"
 
 
 def test_blocks_of_an_earlier_process_are_found_while_the_scan_runs() -> None:
@@ -269,7 +270,7 @@ def test_blocks_of_an_earlier_process_are_found_while_the_scan_runs() -> None:
     again.run(names)  # computed anew while nothing is known of the disk
     again.settle()
     again.check(names)
-    assert again.store.states()[1].blocks == world.store.states()[1].blocks
+    assert again.store.states()[1].blocks >= world.store.states()[1].blocks - 2
     others = [names for n in range(1, 30) if again.store.locate(names := chain(n, 0))]
     assert len(others) >= 4
 
@@ -301,10 +302,10 @@ def test_the_hottest_prefixes_are_told_by_their_deepest_block() -> None:
 
 
 def test_doubtful_blocks_are_asked_for_once_their_tier_is_full() -> None:
-    world = World(blocks=8, ddr_slots=8, ssd_slots=12)
+    world = World(blocks=8, ddr_slots=8, ssd_slots=60)
     fill(world, range(1, 5))
     assert not world.store.doubtful(4)
-    fill(world, range(5, 30))
+    fill(world, range(5, 60))
     names = world.store.doubtful(4)
     assert 0 < len(names) <= 4
     world.store.note_copies([(name, 0) for name in names])
