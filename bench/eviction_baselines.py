@@ -31,8 +31,8 @@ def lru_hits(prompts: Prompts, blocks_max: int) -> int:
 def lfu_hits(prompts: Prompts, blocks_max: int, remembers: bool) -> int:
     """The block that was used least often goes; of those, the one that was not used longest, the tail before the head.
 
-    `remembers`: of every block ever seen, how often it was used (without a bound); else only while it is cached. The
-    prompt itself is not evicted for its own sake while there is anything else.
+    `remembers`: of every block ever seen, how often it was used (without a bound); else only while it is cached. A
+    prompt's own blocks may go at once (on the trace that finds more than keeping them over others).
     """
     uses: Counter[BlockHash] = Counter()
     cached: dict[BlockHash, int] = {}
@@ -41,20 +41,17 @@ def lfu_hits(prompts: Prompts, blocks_max: int, remembers: bool) -> int:
     hits = now = 0
     for names in prompts:
         hits += _prefix(names, cached)
-        fresh = []
         for name in reversed(names):
             now += 1
             uses[name] += 1
             cached[name] = now
-            fresh.append((uses[name], now, name))
+            heapq.heappush(queue, (uses[name], now, name))
         while len(cached) > blocks_max:
-            _, at, name = heapq.heappop(queue or fresh)
+            _, at, name = heapq.heappop(queue)
             if cached.get(name) == at:
                 del cached[name]
                 if not remembers:
                     del uses[name]
-        for entry in fresh:
-            heapq.heappush(queue, entry)
     return hits
 
 

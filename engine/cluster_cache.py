@@ -32,12 +32,13 @@ class ClusterCache(Generic[E]):
         self._engine = engine
         self._events = CacheEventPublisher(redis, key_prefix, worker_id, epoch)
         self._directory = Directory(redis, key_prefix, worker_id, epoch, lambda: self._events.inventory().blocks)
-        self._directory.on_pins = self._on_pins
-        self._directory.on_copies = self._on_copies
         self._events.join(self._directory)
         self._asking = Repeater(self._ask, ASK_PERIOD_S, Lease(), "Asking for other copies of blocks")
 
     async def start(self, has_tiers: bool) -> None:
+        """Without lower tiers nobody is there to heed what the directory says."""
+        if has_tiers:
+            self._directory.on_pins, self._directory.on_copies = self._on_pins, self._on_copies
         await self._directory.start()
         await self._events.start()
         if has_tiers:

@@ -103,7 +103,7 @@ class RestoreJob:
             if self._result is not None:
                 return 0.0
             landed, total = self._by_tier(self._landed_bytes), self._by_tier([self.plan.row_bytes] * self._parts)
-            unsure_bytes = sum(not sure for sure in self._sure) * self.plan.row_bytes if self._late else 0
+            unsure_bytes = sum(not self._sure[at] for at in self._late) * self.plan.row_bytes
         elapsed_s = self._clock() - self._begun_s
         return self._speeds.digest_s(unsure_bytes) + sum(
             (total[tier] - landed[tier]) / self._speed(tier, landed[tier], elapsed_s) for tier in total

@@ -12,13 +12,17 @@ from engine_driver import EngineDriver
 from tiny_models import make_model, random_prompt
 
 from baton.errors import SettingsError
-from baton.layout import KVLayout
+from baton.layout import PROBE_BLOCKS, KVLayout
 from baton.settings import WorkerSettings
 from engine.core import LocalEngine
 from engine.device_copier import DeviceCopier
 from engine.device_region import DeviceRegion
+from engine.interface import ModelInfo
 from engine.model.loader import LoadedModel, load_model
-from engine.runner import kv_layout
+from engine.runner import ModelRunner, StepLogits, kv_layout
+from engine.sampler import sample
+from engine.scheduler import Limits
+from engine.tiers import LateCosts, open_lower_tiers
 
 BLOCK_TOKENS = 8
 POOL_BLOCKS = 40
@@ -31,13 +35,15 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(str(directory), device="cpu", dtype="float32")
 
 
+OPTIONS = {"kv_blocks": POOL_BLOCKS, "block_tokens": BLOCK_TOKENS, "chunk_tokens": 32}
+
+
 class Driver(EngineDriver):
     """Waits for wake-ups where there is nothing else to do."""
 
-    def __init__(self, loaded: LoadedModel, **settings: object) -> None:
+    def __init__(self, engine: LocalEngine[StepLogits]) -> None:
         torch.set_num_threads(1)
-        options = {"kv_blocks": POOL_BLOCKS, "block_tokens": BLOCK_TOKENS, "chunk_tokens": 32, **settings}
-        super().__init__(LocalEngine.of(loaded, WorkerSettings(**options)))  # type: ignore[arg-type]
+        super().__init__(engine)
         self._woken = threading.Event()
         self.engine.set_wake(self._woken.set)
 
@@ -57,7 +63,7 @@ def opened(loaded: LoadedModel) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
     def make(**settings: object) -> Driver:
-        drivers.append(Driver(loaded, **settings))
+        drivers.append(Driver(LocalEngine.of(loaded, WorkerSettings(**{**OPTIONS, **settings}))))  # type: ignore[arg-type]
         return drivers[-1]
 
     yield make
@@ -126,6 +132,32 @@ def test_what_the_engine_was_killed_with_is_found_on_the_ssd(
 
 
 # ---- device memory, as far as the CPU device can stand for it
+
+
+def device_engine(loaded: LoadedModel, settings: WorkerSettings) -> LocalEngine[StepLogits]:
+    layout = kv_layout(loaded, BLOCK_TOKENS, POOL_BLOCKS + PROBE_BLOCKS)
+    region = DeviceRegion(layout, torch.device("cpu"))
+    model = ModelInfo("tiny", "tiny", POOL_BLOCKS * BLOCK_TOKENS, 211, frozenset({1}), layout)
+    return LocalEngine(
+        model,
+        region,
+        ModelRunner(loaded, region),
+        lambda logits, draws: sample(logits.logits, draws),
+        Limits.of(settings),
+        digester=region.digester,
+        tiers=open_lower_tiers(settings, model, region, LateCosts()),
+    )
+
+
+def test_a_device_region_has_tiers_too(opened: Callable[..., Driver], loaded: LoadedModel) -> None:
+    settings = WorkerSettings(**OPTIONS, ddr_bytes=500 * block_bytes(loaded))  # type: ignore[arg-type]
+    engine = device_engine(loaded, settings)
+    try:
+        assert replay(Driver(engine), seed=7) == replay(opened(), seed=7)
+        assert engine.stats().tier_hits_tokens["ddr"] > 0
+        assert engine.tiers is not None and engine.tiers.corrupt_blocks == 0
+    finally:
+        engine.close()
 
 
 def test_the_device_copier_moves_rows_as_the_tiers_keep_them() -> None:

@@ -500,6 +500,23 @@ def test_a_restore_that_failed_after_it_was_told_fails_the_request() -> None:
     toy.assert_idle()
 
 
+def test_a_failed_restore_before_blocks_that_others_read_fails_the_request() -> None:
+    """They cannot be computed again in their place, and others were told of the place."""
+    toy = tiered(blocks=24, listener=Sent())
+    tiers = below(toy)
+    toy.add("b", PROMPT)
+    toy.run()
+    second = toy.engine._scheduler.pool.find(names(PROMPT)[1])
+    assert second is not None
+    toy.engine._scheduler.pool.forget([second])
+    tiers._removed.clear()
+    tiers.corrupt = {names(PROMPT)[1]}
+    toy.add("a", PROMPT, Prefill.ONLY)
+    toy.run()
+    assert A in toy.failed and A not in toy.outputs
+    toy.assert_idle()
+
+
 # ---- for peers, and from peers
 
 

@@ -1,6 +1,7 @@
 """A pool in host memory with the real tiers below it: real threads, a real file."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class StoreRig:
         fingerprint: str = "model",
         calls: DiskCalls = DiskCalls(),  # noqa: B008 - frozen
         wall_clock: Callable[[], float] = lambda: 1.7e9,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layout = layout = small_layout(blocks)
         self.memory = np.zeros(layout.region_bytes, np.uint8)
@@ -59,6 +61,7 @@ class StoreRig:
             digests=self.digests,
             saved_s=lambda _: 0.01,
             verify_ddr="always",
+            clock=clock,
             wall_clock=wall_clock,
             calls=calls,
         )

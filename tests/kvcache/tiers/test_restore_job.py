@@ -10,7 +10,7 @@ from io_rig import BLOCK_BYTES, LAYOUT, WAIT_S, Rig, rig_of
 
 from baton.ids import BlockId
 from kvcache.tiers.interface import Restored, Rows, Slot
-from kvcache.tiers.io_interface import IoSizes
+from kvcache.tiers.io_interface import IoSizes, VerifyDdr
 from kvcache.tiers.restore import RestoreJob
 
 
@@ -240,6 +240,20 @@ def test_left_s_goes_by_its_own_speed_or_what_is_known_of_the_tier() -> None:
         assert job.left_s == pytest.approx(6.0)
         gate.open.set()
         assert ended(job).timings[0].seconds == 2.0
+
+
+@pytest.mark.parametrize(("verify", "checked"), [("always", 32), ("sampled", 2), ("never", 0)])
+def test_left_s_counts_the_verification_that_is_due(verify: VerifyDdr, checked: int) -> None:
+    with rig_of(verify_ddr=verify, clock=lambda: 0.0) as rig:
+        gate = Gate(rig, first_layer=0)
+        job = rig.io.restore([rig.part("ddr", index, 32 + index) for index in range(32)])
+        assert gate.reached.wait(WAIT_S)
+        copying_s = 32 * BLOCK_BYTES / rig.io.speeds.bytes_per_s("ddr")
+        assert job.left_s == pytest.approx(copying_s + rig.io.speeds.digest_s(checked * BLOCK_BYTES))
+        job_thread = threading.Thread(target=job.cancel)
+        job_thread.start()
+        gate.open.set()
+        job_thread.join(WAIT_S)
 
 
 def test_restores_go_before_copies_down() -> None:

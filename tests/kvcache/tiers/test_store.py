@@ -8,7 +8,6 @@ import pytest
 
 from baton.ids import BlockHash
 from kvcache.eviction.policy import make_policy
-from kvcache.tiers.index import TierIndex
 from kvcache.tiers.interface import Owner
 from tests.kvcache.tiers.fake_io import FakeRestore
 from tests.kvcache.tiers.store_world import DISK_ERROR, ROW_BYTES, TENANTS, World, chain
@@ -310,20 +309,3 @@ def test_doubtful_blocks_are_asked_for_once_their_tier_is_full() -> None:
     assert 0 < len(names) <= 4
     world.store.note_copies([(name, 0) for name in names])
     assert not set(names) & set(world.store.doubtful(12))
-
-
-@pytest.mark.parametrize("blocks", [1000, 20_000])
-def test_a_block_costs_less_than_a_hundred_bytes(blocks: int) -> None:
-    index = TierIndex(blocks // 10, blocks * 3 // 10, blocks * 6 // 10)
-    for number in range(blocks):
-        name = BlockHash(number.to_bytes(16, "big"))
-        parent = BlockHash((number - number % 8 + max(0, number % 8 - 1)).to_bytes(16, "big"))
-        row = index.add(name, parent, number % 8, TENANTS[0], 0.0)
-        if number < blocks // 10:
-            index.put(row, "hbm", number)
-        elif number < blocks * 4 // 10:
-            index.put(row, "ddr", number - blocks // 10)
-        else:
-            index.put(row, "ssd", number - blocks * 4 // 10)
-    index.check_integrity()
-    assert index.size_bytes / blocks < 100
