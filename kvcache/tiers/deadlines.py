@@ -2,16 +2,17 @@
 
 import heapq
 from collections.abc import Iterator
+from math import inf
 
 
 class Deadlines:
-    """A time for each of some rows. O(log n); an entry of the heap for each row and no more, however often its time is
-    put off."""
+    """A time for each of some rows, perhaps never. O(log n); an entry of the heap for each row, however often its time
+    is put off, and for a while one for a row that was discarded and entered again with an earlier time."""
 
     def __init__(self) -> None:
         self._until: dict[int, float] = {}
         self._entry: dict[int, float] = {}
-        """The time under which a row lies in the heap: its own, or an earlier one that it has been put off from."""
+        """The time of a row's entry in the heap that counts: its own, or an earlier one that it was put off from."""
         self._heap: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class Deadlines:
     def put_off(self, row: int, until: float) -> None:
         """To then, if that is later."""
         self._until[row] = max(until, self.until(row))
-        if row not in self._entry:
+        if self._entry.get(row, inf) > self._until[row]:
             self._enter(row)
 
     def discard(self, row: int) -> None:
@@ -40,7 +41,9 @@ class Deadlines:
         """Those whose time has come; they have none any more."""
         due = []
         while self._heap and self._heap[0][0] <= now:
-            _, row = heapq.heappop(self._heap)
+            time, row = heapq.heappop(self._heap)
+            if self._entry.get(row) != time:
+                continue  # another entry of the row counts
             del self._entry[row]
             if row not in self._until:
                 continue
@@ -52,5 +55,7 @@ class Deadlines:
         return due
 
     def _enter(self, row: int) -> None:
+        if self._until[row] == inf:
+            return
         self._entry[row] = self._until[row]
         heapq.heappush(self._heap, (self._until[row], row))

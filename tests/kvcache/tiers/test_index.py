@@ -1,6 +1,7 @@
 """Links, leaves and places of the index, and the small parts beside it, against naive models."""
 
 import random
+from math import inf
 
 import numpy as np
 import pytest
@@ -118,7 +119,18 @@ def test_deadlines_end_when_their_time_has_come(steps: list[tuple[str, int, int]
             assert set(deadlines.pop_due(now)) == due
             model = {each: until for each, until in model.items() if each not in due}
         assert set(deadlines) == model.keys()
-        assert len(deadlines._heap) <= 4
+    deadlines.pop_due(1e9)
+    assert not deadlines._heap and not deadlines._entry
+
+
+def test_deadlines_that_never_end_leave_nothing_behind() -> None:
+    deadlines = Deadlines()
+    for _ in range(100):
+        deadlines.put_off(1, inf)
+        deadlines.discard(1)
+    deadlines.put_off(1, 5.0)
+    assert len(deadlines._heap) == 1
+    assert deadlines.pop_due(5.0) == [1]
 
 
 def test_a_held_slot_is_free_only_when_it_is_let_go_and_erased() -> None:
