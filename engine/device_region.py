@@ -55,13 +55,13 @@ class DeviceRegion:
         slices = self._slices(layer, kv, first_block, blocks)
         self._copy(layer, slices, torch.frombuffer(view, dtype=slices.dtype).view(slices.shape))
 
-    def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
-        """Of what lies there after the last mark of each layer; waits for it."""
+    def digests(self, blocks: Sequence[BlockId], layers: range | None = None) -> Sequence[int]:
+        """Of what lies there after the last mark of each layer; waits for it. Or what these layers add to them."""
         if self._stream is not None:
             for mark in tuple(self._marks.values()):
                 self._stream.wait_event(mark)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            return self.digester.begin(blocks).wait()
+            return self.digester.begin(blocks, layers).wait()
 
     def share(self) -> None:
         """No other process maps it."""

@@ -74,18 +74,20 @@ class DeviceDigester:
         self._high = torch.from_numpy(high).to(pages.device)
         self._weights = torch.from_numpy(slice_weights(pages.shape[0])).to(pages.device)[..., None]
 
-    def begin(self, blocks: Sequence[BlockId]) -> Digesting:
-        digests = self.digests(blocks)
+    def begin(self, blocks: Sequence[BlockId], layers: range | None = None) -> Digesting:
+        """Or of what these layers add to them."""
+        digests = self.digests(blocks, layers)
         return OnDevice(digests) if digests.is_cuda else Digested(_as_told(digests))
 
-    def digests(self, blocks: Sequence[BlockId]) -> Tensor:
+    def digests(self, blocks: Sequence[BlockId], layers: range | None = None) -> Tensor:
         """Int64 [blocks]."""
+        layers = range(self._slices.shape[0]) if layers is None else layers
         total = torch.zeros(len(blocks), dtype=torch.int64, device=self._slices.device)
         rows = self._rows(blocks)
         step = self._layers_at_a_time(len(blocks))
-        for first in range(0, self._slices.shape[0], step):
-            layers = slice(first, first + step)
-            total += (self._slice_digests(self._pick(layers, rows)) * self._weights[layers]).sum((0, 1))
+        for first in layers[::step]:
+            some = slice(first, min(first + step, layers.stop))
+            total += (self._slice_digests(self._pick(some, rows)) * self._weights[some]).sum((0, 1))
         return total
 
     def _layers_at_a_time(self, blocks: int) -> int:

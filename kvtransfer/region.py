@@ -44,8 +44,9 @@ class HostRegion:
     def written(self, layer: int, kv: int, first_block: int, blocks: int, view: memoryview) -> None:
         """Nothing to do: the view was the region itself."""
 
-    def digests(self, blocks: Sequence[BlockId]) -> Sequence[int]:
-        return block_digests(self.memory, self.layout, blocks)
+    def digests(self, blocks: Sequence[BlockId], layers: range | None = None) -> Sequence[int]:
+        """Or what these layers add to them."""
+        return block_digests(self.memory, self.layout, blocks, layers)
 
     def share(self) -> bytes | None:
         """For `attach` in another process; holds a secret, so it is never logged."""

@@ -3,19 +3,30 @@
 The model is the recall model: one wrong KV block would show as a wrong name.
 """
 
+import asyncio
+import os
+import queue
 import random
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from baton.cluster.cache_events import unpack
+from baton.cluster.redis_client import connect_redis
 from baton.cluster.redis_server import EmbeddedRedis
-from baton.rpc import worker_pb2, worker_pb2_grpc
-from engine.recall.text import Ledger, make_ledger, question
+from baton.ids import BlockHash, WorkerId
+from baton.latency import TIERS, Tier
+from baton.rpc import common_pb2, events_pb2, worker_pb2, worker_pb2_grpc
+from engine.recall.text import Ledger, build_tokenizer, make_ledger, prompt, question
+from kvcache.directory.directory import Directory
 from tests.cluster.processes import Process, fetch, running, until
 
 LINES = 60
@@ -53,10 +64,16 @@ def ask(router: Process, ledger: Ledger, chance: random.Random) -> int:
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def blocks(worker: Process, tier: str) -> int:
+def start(stack: ExitStack, processes: Sequence[AbstractContextManager[Process]]) -> list[Process]:
+    """All at once."""
+    with ThreadPoolExecutor(len(processes)) as starters:
+        return list(starters.map(stack.enter_context, processes))
+
+
+def blocks(worker: Process, tier: "events_pb2.Tier") -> int:
     with grpc.insecure_channel(worker.grpc) as channel:
         status = worker_pb2_grpc.WorkerStub(channel).GetCacheStatus(worker_pb2.GetCacheStatusRequest(), timeout=10)
-    return sum(each.blocks for each in status.tiers if each.tier == worker_pb2.events__pb2.Tier.Value(tier))
+    return sum(each.blocks for each in status.tiers if each.tier == tier)
 
 
 def test_a_worker_killed_and_started_again_on_its_file_serves_hits_from_it(
@@ -67,12 +84,12 @@ def test_a_worker_killed_and_started_again_on_its_file_serves_hits_from_it(
     worker = stack.enter_context(running("decode-worker", **worker_flags))
     for ledger in LEDGERS:
         ask(router, ledger, chance)
-    until(lambda: blocks(worker, "TIER_SSD") > 64, 20, "blocks have gone down to the SSD")
-    on_ssd = blocks(worker, "TIER_SSD")
+    until(lambda: blocks(worker, events_pb2.TIER_SSD) > 64, 20, "blocks have gone down to the SSD")
+    on_ssd = blocks(worker, events_pb2.TIER_SSD)
     worker.kill()
     began_s = time.monotonic()
     worker = stack.enter_context(running("decode-worker", **worker_flags))
-    until(lambda: blocks(worker, "TIER_SSD") >= on_ssd * 0.9, 20, "the index is there again")
+    until(lambda: blocks(worker, events_pb2.TIER_SSD) >= on_ssd * 0.9, 20, "the index is there again")
     took_s = time.monotonic() - began_s
     assert took_s < 30, "most of it is loading torch and the model"
     until(lambda: fetch(f"{router.http}/health")["status"] == "ok", 20, "the router found it")
@@ -84,12 +101,8 @@ def test_a_worker_fetches_a_prefix_that_another_one_has_below_hbm(
     flags: dict[str, Any], worker_flags: dict[str, Any], stack: ExitStack
 ) -> None:
     """Asked of the second worker alone, by a plan such as the router makes."""
-    from baton.rpc import common_pb2
-    from engine.recall.text import build_tokenizer, prompt
-
     tokens = build_tokenizer()(prompt(LEDGERS[0], sorted(LEDGERS[0].owners)[5]))["input_ids"]
-    own = stack.enter_context(running("decode-worker", **worker_flags))
-    peer = stack.enter_context(running("decode-worker", **worker_flags))
+    own, peer = start(stack, [running("decode-worker", **worker_flags, worker_id=name) for name in ("own", "peer")])
     first = generate(peer, worker_pb2.Submit(request_id="a", prompt=tokens, sampling=greedy()))
     for number, ledger in enumerate(LEDGERS[1:6]):
         filler = build_tokenizer()(ledger.text)["input_ids"]
@@ -102,17 +115,127 @@ def test_a_worker_fetches_a_prefix_that_another_one_has_below_hbm(
     assert list(fetched.token_ids) == list(first.token_ids)
 
 
-def greedy() -> Any:
-    from baton.rpc import common_pb2
-
+def greedy() -> common_pb2.SamplingParams:
     return common_pb2.SamplingParams(temperature=0, max_tokens=1, seed=1)
 
 
-def generate(worker: Process, submit: "worker_pb2.Submit") -> "worker_pb2.TokenOutput":
+def generate(worker: Process, submit: worker_pb2.Submit) -> worker_pb2.TokenOutput:
+    """Its first output. The stream stays open until then: its end would end the request."""
+    requests: queue.SimpleQueue[worker_pb2.ServeRequest | None] = queue.SimpleQueue()
+    requests.put(worker_pb2.ServeRequest(submit=submit))
     with grpc.insecure_channel(worker.grpc) as channel:
-        stub = worker_pb2_grpc.DecodeWorkerStub(channel)
-        for response in stub.Serve(iter([worker_pb2.ServeRequest(submit=submit)]), timeout=60):
-            for output in response.outputs:
-                assert not output.error, output.error
-                return output
+        try:
+            for response in worker_pb2_grpc.DecodeWorkerStub(channel).Serve(iter(requests.get, None), timeout=60):
+                for output in response.outputs:
+                    assert not output.error, output.error
+                    return output
+        finally:
+            requests.put(None)
     raise AssertionError("the stream ended")
+
+
+# ---- Redis killed and started again empty
+
+Where = Mapping[BlockHash, Tier]
+
+
+class Load:
+    """Asks, two at a time, until it is told to stop; remembers what failed."""
+
+    def __init__(self, router: Process) -> None:
+        self._router, self._is_over = router, threading.Event()
+        self.answers, self.failures = 0, list[str]()
+        self._threads = [threading.Thread(target=self._ask, args=(seed,), daemon=True) for seed in range(2)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, seed: int) -> None:
+        chance = random.Random(seed)
+        while not self._is_over.is_set():
+            try:
+                ask(self._router, chance.choice(LEDGERS), chance)
+            except (OSError, AssertionError) as error:
+                self.failures.append(repr(error))
+            self.answers += 1
+
+    def go_on(self, answers: int) -> None:
+        wanted = self.answers + answers
+        until(lambda: self.answers >= wanted, 30, f"{answers} more requests were answered")
+
+    def stop(self) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def inventory(worker: Process) -> Where:
+    with grpc.insecure_channel(worker.grpc) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        sets = [
+            each
+            for message in stub.GetCacheSnapshot(worker_pb2.GetCacheSnapshotRequest(), timeout=10)
+            for each in message.blocks
+        ]
+    return {name: TIERS[each.tier - events_pb2.TIER_HBM] for each in sets for name in unpack(each.block_hashes)}
+
+
+def directory(flags: Mapping[str, Any], names: Sequence[BlockHash]) -> dict[WorkerId, Where]:
+    """What it says of these blocks."""
+
+    async def look_up() -> list[list[Any]]:
+        redis = await connect_redis(flags["redis_url"])
+        try:
+            reader = Directory(redis, flags["key_prefix"], WorkerId("reader"), "0", dict)
+            return [of_name for at in range(0, len(names), 2048) for of_name in await reader.holders(names[at : at + 2048])]
+        finally:
+            await redis.aclose()
+
+    found: dict[WorkerId, dict[BlockHash, Tier]] = {}
+    for name, holders in zip(names, asyncio.run(look_up()), strict=True):
+        for holder in holders:
+            found.setdefault(holder.worker_id, {})[name] = holder.tier
+    return dict(found)
+
+
+def test_redis_killed_under_load_and_back_empty_knows_every_block_again(
+    worker_flags: dict[str, Any], stack: ExitStack
+) -> None:
+    with EmbeddedRedis() as redis:
+        flags = {"redis_url": redis.url, "key_prefix": "back"}
+        worker_flags |= {**flags, "ssd_bytes": 96 * BLOCK_BYTES, "self_test": False}
+        commands = {"prefill-0": "prefill-worker", "decode-0": "decode-worker", "decode-1": "decode-worker"}
+        processes = [running(command, **worker_flags, worker_id=name) for name, command in commands.items()]
+        *started, router = start(stack, [*processes, running("router", **flags, model="recall", http_port=0)])
+        workers = dict(zip(map(WorkerId, commands), started, strict=True))
+        until(lambda: len(known(router)) == len(workers), 20, "the router found the workers")
+        load = Load(router)
+        load.go_on(24)
+        ever = {name for worker in workers.values() for name in inventory(worker)}
+        os.kill(redis.pid, signal.SIGKILL)
+        until(lambda: not redis.is_running, 5, "Redis is gone")
+        load.go_on(12)
+        redis.start()
+        load.go_on(12)
+        load.stop()
+        assert not load.failures
+        began_s = time.monotonic()
+        until(lambda: agree(flags, workers, ever), 10, "the directory is the workers' inventory")
+        assert time.monotonic() - began_s < 10
+        held = [inventory(worker) for worker in workers.values()]
+        assert {tier for where in held for tier in where.values()} == {"hbm", "ddr", "ssd"}
+        assert ever.difference(*held), "some blocks are nowhere any more, and nobody names them"
+        stack.close()
+
+
+def known(router: Process) -> list[Any]:
+    return [worker for worker in fetch(f"{router.http}/v1/workers")["data"] if worker["reachable"]]
+
+
+def agree(flags: Mapping[str, Any], workers: Mapping[WorkerId, Process], ever: set[BlockHash]) -> bool:
+    """Block by block and tier by tier, of those too that lay somewhere once. What a worker says lies in HBM is as much
+    as its engine counts there."""
+    held = {worker_id: inventory(worker) for worker_id, worker in workers.items()}
+    for worker_id, where in held.items():
+        in_hbm = sum(tier == "hbm" for tier in where.values())
+        assert in_hbm <= blocks(workers[worker_id], events_pb2.TIER_HBM)
+    return directory(flags, sorted(ever.union(*held.values()))) == held

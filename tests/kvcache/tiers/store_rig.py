@@ -75,8 +75,8 @@ class StoreRig:
         self.restored = 0
         self.computed = 0
 
-    def digests(self, blocks: Sequence[BlockId]) -> list[int]:
-        return digests_of(self.layout.layers, lambda layer, kv: self.region[layer, kv, list(blocks)])
+    def digests(self, blocks: Sequence[BlockId], layers: range) -> list[int]:
+        return digests_of(self.layout.layers, lambda layer, kv: self.region[layer, kv, list(blocks)], layers)
 
     def content(self, name: BlockHash) -> Slices:
         """Of all its slices: numbers that float16 and int8 can hold."""
