@@ -96,9 +96,7 @@ def _digests(region: NDArray[np.uint8], rows: Rows, some: range | None) -> list[
     return digests_of(region.shape[0], lambda layer, kv: region[layer, kv, rows], some)
 
 
-def digests_of(
-    layers: int, slices: Callable[[int, int], NDArray[np.uint8]], some: range | None = None
-) -> list[int]:
+def digests_of(layers: int, slices: Callable[[int, int], NDArray[np.uint8]], some: range | None = None) -> list[int]:
     """Of some blocks whose `slices` of a layer's keys (0) or values (1) are [block][bytes of a slice]; or what `some`
     of their layers add to it, see `sum_of`."""
     weights = slice_weights(layers)

@@ -52,7 +52,7 @@ class PrefixCache:
             parent = self._add(name, parent, depth) if row is None else row
         rows = [self._row[name] for name in names]
         self._used_at[rows] = now_s
-        self._uses[rows] = self._policy.seen(names, 0, now_s)
+        self._uses[rows] = self._policy.seen(names, np.arange(len(names), dtype=np.int32), now_s)
         while len(self._row) > self.blocks_max:
             self._drop_some(now_s)
         return hits

@@ -5,26 +5,22 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Generic, Protocol, Self, TypeVar
-
-import torch
+from typing import Generic
 
 from baton.clock import Clock, monotonic
 from baton.errors import BatonError, InvalidRequest
 from baton.ids import BlockHash, RequestId, TenantTag
 from baton.latency import DEFAULT_LATENCY, WorkerLatency
-from baton.layout import PROBE_BLOCKS
-from baton.sampling import PositionLogprobs, SamplingParams
-from baton.settings import WorkerSettings
-from engine.batch import Draw, Drawn, Row
+from baton.sampling import PositionLogprobs
+from engine.batch import Drawn
 from engine.cache_journal import CacheJournal
-from engine.device_region import DeviceRegion
+from engine.computing import AnyLogits, Runner, Sample, StepComputer
 from engine.digest_book import DigestBook
-from engine.digests import Digester, RegionDigester
+from engine.digests import Digester
+from engine.engine_stats import stats_of
 from engine.filled_blocks import FilledBlocks
 from engine.interface import (
     Admitted,
-    BlocksWritten,
     EngineRequest,
     EngineStats,
     Failed,
@@ -39,48 +35,21 @@ from engine.interface import (
     StepTiming,
 )
 from engine.kept_blocks import KeptBlocks
-from engine.model.loader import LoadedModel, load_model
-from engine.pool_size import pool_blocks
 from engine.prefix_cache import PrefixCache
-from engine.restoring import RestoreGate, next_check_s
-from engine.rows import draw_for, fresh_blocks, restored_before, row_of, written_by
-from engine.runner import ModelRunner, StepLogits, kv_layout
-from engine.sampler import sample
+from engine.restoring import next_check_s
 from engine.scheduler import Chunk, Limits, Scheduler
 from engine.self_test import measure_steps, step_shapes
 from engine.sequence import LiveSequence, Stage, begin_sequence, check_request, owner_of, root_of
 from engine.settler import Settler
-from engine.stopwatch import Stopwatch, work_of
+from engine.telling import admission_of, generation_of
 from engine.tier_pump import TierPump
-from engine.tiers import LateCosts, open_lower_tiers
 from kvcache.block_hash import block_hashes
 from kvcache.block_pool import BlockPool
 from kvcache.restore_plan import DEFAULT_RESTORE, RestoreCosts
 from kvcache.tiers.interface import LowerTiers
 from kvtransfer.interface import Region
-from kvtransfer.region import HostRegion
 
 log = logging.getLogger(__name__)
-
-
-class Logits(Protocol):
-    """What a forward pass leaves behind; its sampled rows are for the sampler alone."""
-
-    @property
-    def prompt_logprobs(self) -> Sequence[tuple[PositionLogprobs, ...]]:
-        """For each row of the step, in order; empty where it did not ask."""
-
-    def only(self, rows: Sequence[int], sampled: Sequence[int]) -> Self:
-        """Those of these rows; `sampled`: which of the rows that sample they are."""
-
-
-AnyLogits = TypeVar("AnyLogits", bound=Logits)
-RunnerLogits = TypeVar("RunnerLogits", bound=Logits, covariant=True)
-OnLayer = Callable[[int], None]
-
-
-WAITED_MAX_S = 0.0005
-"""A step that was held up by more than this says nothing of how long computing takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +58,6 @@ class _Commit:
 
     first: Drawn
     digests: tuple[int, ...]
-
-
-class Runner(Protocol[RunnerLogits]):
-    def forward(self, rows: Sequence[Row], on_layer: OnLayer | None) -> RunnerLogits:
-        """Computes the rows, writing their keys and values; calls `on_layer` as each layer's lie in the region."""
-
-    def close(self) -> None:
-        """Lets go of the region."""
-
-
-Sample = Callable[[AnyLogits, Sequence[Draw]], list[Drawn]]
-"""One token for each row that samples, in order."""
 
 
 def draw_seed() -> int:
@@ -132,9 +89,7 @@ class LocalEngine(Generic[AnyLogits]):
         the engine tells no digests. `tiers`, below the pool, are the engine's from now on."""
         assert model.context_length <= model.layout.pool_blocks * model.layout.block_tokens
         self.model, self.region = model, region
-        self._runner, self._sample = runner, sample
-        self._listener, self._seeds = listener, seeds
-        self.tiers = tiers
+        self.tiers, self._seeds, self._clock = tiers, seeds, clock
         self.latency: Callable[[], WorkerLatency] = lambda: DEFAULT_LATENCY
         """How long what takes on this worker: whoever measures it replaces this."""
         journal = CacheJournal()
@@ -147,52 +102,12 @@ class LocalEngine(Generic[AnyLogits]):
         self._kept = KeptBlocks(pool)
         self._filled = FilledBlocks(pool, self._cache, self._digests.note, self._scheduler.watermark)
         self._settler = Settler(self._scheduler, self._cache, self._filled, self._digests)
-        self._clock, self._stopwatch = clock, Stopwatch(clock)
+        self._computer = StepComputer(runner, sample, listener, self._settler, self._digests, region, clock)
         self._sequences: dict[RequestId, LiveSequence] = {}
         self._arrivals = count()
         self._commits: dict[RequestId, _Commit] = {}
         self._told_news = False
         self._steps = 0
-
-    @staticmethod
-    def load(settings: WorkerSettings, listener: LayerListener | None = None) -> "LocalEngine[StepLogits]":
-        """Loads the model and allocates its pool. Raises SettingsError, UnsupportedModel or TransferError."""
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        loaded = load_model(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-        )
-        return LocalEngine.of(loaded, settings, listener)
-
-    @staticmethod
-    def of(
-        loaded: LoadedModel, settings: WorkerSettings, listener: LayerListener | None = None
-    ) -> "LocalEngine[StepLogits]":
-        """Allocates a pool for a model, and opens the tiers below it. Raises SettingsError."""
-        facts, block_tokens = loaded.facts, settings.block_tokens
-        limit = min(facts.context_length, settings.context_length_max or facts.context_length)
-        block_bytes = kv_layout(loaded, block_tokens, 1).block_bytes
-        blocks = pool_blocks(settings, block_bytes, limit, loaded.device)
-        layout = kv_layout(loaded, block_tokens, blocks + PROBE_BLOCKS)
-        region = HostRegion.allocate(layout) if loaded.device.type == "cpu" else DeviceRegion(layout, loaded.device)
-        model = ModelInfo(
-            name=settings.model_name,
-            fingerprint=facts.fingerprint,
-            context_length=min(limit, blocks * block_tokens),
-            vocabulary_size=facts.vocabulary_size,
-            eos_token_ids=facts.eos_token_ids,
-            layout=layout,
-        )
-        digester = None if settings.verify == "never" else _digester_of(region)
-        costs = LateCosts()
-        tiers = open_lower_tiers(settings, model, region, costs)
-        runner, limits = ModelRunner(loaded, region), Limits.of(settings)
-        engine = LocalEngine(model, region, runner, _sample, limits, listener, digester=digester, tiers=tiers)
-        costs.costs = engine.costs
-        return engine
 
     # ---- requests
 
@@ -209,7 +124,7 @@ class LocalEngine(Generic[AnyLogits]):
         if sequence := self._sequences.get(request_id):
             self._forget(sequence)
             if not self._scheduler.running:
-                self._stopwatch.reset()
+                self._computer.reset()
 
     def commit(
         self,
@@ -274,7 +189,8 @@ class LocalEngine(Generic[AnyLogits]):
         self._pump.want()
 
     def clear_cache(self, tenant: TenantTag | None) -> tuple[int, int]:
-        blocks = self._cache.clear(tenant)
+        self._filled.clear(tenant)
+        blocks = self._cache.clear(tenant)  # first: what is flushed after the lower tiers' turn goes down again
         size_bytes = blocks * self.model.layout.block_bytes
         self._pump.want()  # a turn, in which the cluster is told
         if self.tiers is None:
@@ -323,11 +239,11 @@ class LocalEngine(Generic[AnyLogits]):
             if self._told_news:
                 return news
         self._told_news = False
-        self._stopwatch.begin()
+        self._computer.begin()
         chunks = self._scheduler.schedule()
         if chunks:
             return self._compute(chunks)
-        self._stopwatch.reset()
+        self._computer.reset()
         return StepResult()
 
     def _news(self) -> StepResult:
@@ -339,14 +255,7 @@ class LocalEngine(Generic[AnyLogits]):
     def _admitted(self, sequence: LiveSequence) -> Admitted:
         """With the digests of what is cached in HBM where it is to be sent."""
         cached = sequence.blocks[: sequence.published] if sequence.prefill is Prefill.ONLY else ()
-        restoring = (sequence.found - sequence.published) * self.model.layout.block_tokens
-        return Admitted(
-            sequence.request_id,
-            tuple(sequence.blocks),
-            sequence.cached_tokens,
-            self._digests.of(cached),
-            restoring_tokens=restoring if sequence.restoring else 0,
-        )
+        return admission_of(sequence, self._digests.of(cached), self.model.layout.block_tokens)
 
     def _join(self, sequence: LiveSequence, commit: "_Commit") -> Generated:
         foreign = sequence.blocks[sequence.found :]
@@ -358,61 +267,23 @@ class LocalEngine(Generic[AnyLogits]):
     def _compute(self, chunks: Sequence[Chunk]) -> StepResult:
         """A failure costs the requests of this step, and nobody else: nothing of them was published yet."""
         self._steps += 1
-        gate = RestoreGate([r for chunk in chunks if (r := chunk.sequence.restoring)], self._clock)
-        restored = [(chunk, event) for chunk in chunks for event in restored_before(chunk)]
-        written = [(chunk, event) for chunk in chunks for event in written_by(chunk, self.model.layout.block_tokens)]
-        events = [*restored, *written]
         try:
-            on_layer = self._on_layer([event for _, event in events])
-            logits = self._runner.forward([row_of(chunk) for chunk in chunks], gate.before(on_layer))
-            right = self._settler.settle_step(gate, chunks)
-            if len(right) < len(chunks):
-                sampled = [chunk for chunk in chunks if chunk.samples]
-                rows = [index for index, chunk in enumerate(chunks) if chunk in right]
-                logits = logits.only(rows, [index for index, chunk in enumerate(sampled) if chunk in right])
-            sampling = [chunk.sequence for chunk in right if chunk.samples]
-            self._digests.begin([fresh_blocks(chunk, event) for chunk, event in events if chunk in right])
-            drawn = self._sample(logits, [draw_for(sequence) for sequence in sampling])
+            computed = self._computer.compute(chunks)
         except Exception as error:
             log.exception("A step of %d rows failed", len(chunks))
-            self._stopwatch.reset()
+            self._computer.reset()
             return self._fail([chunk.sequence for chunk in chunks], error)
-        for chunk, logprobs in zip(right, logits.prompt_logprobs, strict=True):
+        for chunk, logprobs in zip(computed.right, computed.prompt_logprobs, strict=True):
             chunk.sequence.prompt_logprobs += logprobs
             self._scheduler.advance(chunk)
-        timing = self._timing(chunks, gate, is_done=bool(sampling) or self.region.is_host)
-        digested = self._digests.take(wait=bool(sampling))  # the draw has waited for the device already
-        return StepResult(generated=tuple(map(self._accept, sampling, drawn)), digested=digested, timing=timing)
-
-    def _timing(self, chunks: Sequence[Chunk], gate: RestoreGate, *, is_done: bool) -> StepTiming | None:
-        """Nothing of a step that waited for what it restored: it would not be the computing that was measured."""
-        if gate.waited_s > WAITED_MAX_S:
-            self._stopwatch.reset()
-            return None
-        return self._stopwatch.end(work_of((chunk.start, chunk.end) for chunk in chunks), is_done=is_done)
-
-    def _on_layer(self, written: Sequence[BlocksWritten]) -> OnLayer | None:
-        listener = self._listener
-        if listener is None or not written:
-            return None
-        return lambda layer: listener(layer, written)
+        digested = self._digests.take(wait=bool(computed.sampled))  # the draw has waited for the device already
+        generated = tuple(map(self._accept, computed.sampled, computed.drawn))
+        return StepResult(generated=generated, digested=digested, timing=computed.timing)
 
     def _accept(self, sequence: LiveSequence, drawn: Drawn) -> Generated:
         sequence.append(drawn.token_id)
-        reason = sequence.finish_reason
-        wants_prompt = len(sequence.output) == 1 and sequence.request.sampling.prompt_logprobs is not None
-        generated = Generated(
-            sequence.request_id,
-            (drawn.token_id,),
-            reason,
-            logprobs=() if sequence.request.sampling.logprobs is None else (drawn.logprobs,),
-            prompt_logprobs=((), *sequence.prompt_logprobs) if wants_prompt else (),
-            cached_tokens=sequence.cached_tokens,
-            preemptions=sequence.preemptions,
-            restored_tokens=sequence.restored_tokens,
-            restore_s=sequence.restore_s,
-        )
-        if reason is not None:
+        generated = generation_of(sequence, drawn)
+        if generated.finish_reason is not None:
             self._end(sequence)
         return generated
 
@@ -451,39 +322,15 @@ class LocalEngine(Generic[AnyLogits]):
         shapes = step_shapes(model.layout, model.context_length, limits.chunk_tokens, limits.sequences_max)
         blocks = pool.allocate(pool.free)
         try:
-            return measure_steps(shapes, blocks, model.layout, model.vocabulary_size, self._measure, self._clock)
+            measure = self._computer.measure
+            return measure_steps(shapes, blocks, model.layout, model.vocabulary_size, measure, self._clock)
         finally:
             pool.release(blocks)
-
-    def _measure(self, rows: Sequence[Row]) -> StepTiming:
-        greedy = SamplingParams(temperature=0)
-        spans = [(row.start, row.start + len(row.token_ids)) for row in rows]
-        draws = [Draw(greedy, 0, range(end), (), frozenset()) for _, end in spans]
-        began_s = self._clock()
-        self._sample(self._runner.forward(rows, None), draws)
-        return StepTiming(work_of(spans), self._clock() - began_s)
 
     # ---- state
 
     def stats(self) -> EngineStats:
-        scheduler, pool = self._scheduler, self._scheduler.pool
-        return EngineStats(
-            running_sequences=len(scheduler.running),
-            waiting_sequences=len(scheduler.waiting) + len(scheduler.reserved),
-            waiting_tokens=scheduler.waiting_tokens,
-            waiting_token_context=scheduler.waiting_token_context,
-            kv_tokens=scheduler.kv_tokens,
-            kv_blocks_total=pool.total,
-            kv_blocks_used=pool.used,
-            kv_blocks_wanted=scheduler.kv_blocks_wanted,
-            kv_blocks_cached=pool.cached,
-            prefix_queries_tokens=scheduler.prefix_queries_tokens,
-            prefix_hits_tokens=scheduler.prefix_hits_tokens,
-            preemptions=scheduler.preemptions,
-            steps=self._steps,
-            tier_hits_tokens=dict(self._cache.hits_tokens),
-            recomputed_tokens=scheduler.recomputed_tokens,
-        )
+        return stats_of(self._scheduler, self._cache, self._steps)
 
     def check_integrity(self) -> None:
         """Asserts that pool, scheduler and requests agree about who holds what. O(blocks)."""
@@ -499,13 +346,5 @@ class LocalEngine(Generic[AnyLogits]):
             self._cache.cancel(sequence)
         if self.tiers is not None:
             self.tiers.close()
-        self._runner.close()
+        self._computer.close()
         self.region.close()
-
-
-def _digester_of(region: HostRegion | DeviceRegion) -> Digester:
-    return RegionDigester(region) if isinstance(region, HostRegion) else region.digester
-
-
-def _sample(logits: StepLogits, draws: Sequence[Draw]) -> list[Drawn]:
-    return sample(logits.logits, draws)

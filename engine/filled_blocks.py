@@ -44,7 +44,8 @@ class FilledBlocks:
         """`watermark`: blocks that stay available for requests."""
         self._pool, self._cache, self._note, self._watermark = pool, cache, note, watermark
         self._promotions: list[_Promotion] = []
-        self._reserved: dict[tuple[BlockId, ...], _Prefix] = {}
+        self._reserved: dict[tuple[BlockId, ...], _Prefix | None] = {}
+        """None: the cache was cleared meanwhile."""
         self._held: Counter[BlockId] = Counter()
 
     # ---- from lower tiers
@@ -84,10 +85,19 @@ class FilledBlocks:
         for promotion in over:
             restored = promotion.restoring.restore.result
             assert restored is not None
-            self._fill(promotion.names[: restored.good], promotion.blocks, restored.digests, tenant=None)
+            self._cache.seen_to(promotion.restoring)
+            if not promotion.restoring.is_void:
+                self._fill(promotion.names[: restored.good], promotion.blocks, restored.digests, tenant=None)
             self._let_go([*promotion.blocks, *promotion.shared])
             promotion.on_done()
             yield from restored.timings
+
+    def clear(self, tenant: TenantTag | None) -> None:
+        """What is on its way, of a tenant or all, does not become prefix cache. Before the lower tiers are cleared."""
+        for promotion in self._promotions:
+            if not promotion.restoring.is_void and self._cache.is_partly(tenant, promotion.names):
+                self._cache.void(promotion.restoring)
+        self._reserved = dict.fromkeys(self._reserved)  # whose these are is known when they are adopted
 
     @property
     def restoring(self) -> list[Restoring]:
@@ -115,8 +125,8 @@ class FilledBlocks:
         prefix = self._reserved.pop(reserved.blocks, None)
         if prefix is not None and good:
             self._cache.tell_published(prefix.root, prefix.names[: prefix.first + good], prefix.first, owner)
-        known = digests if all(digests) else ()
-        self._fill(reserved.names[:good], reserved.blocks, known, owner.tenant)
+            known = digests if all(digests) else ()
+            self._fill(reserved.names[:good], reserved.blocks, known, owner.tenant)
         self._let_go([*reserved.blocks, *reserved.held])
 
     # ---- both

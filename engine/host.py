@@ -13,7 +13,7 @@ from baton.clock import Clock, monotonic
 from baton.cluster.cache_events import CacheChanges
 from baton.cluster.membership import Membership
 from baton.cluster.redis_client import connect_redis
-from baton.cluster.worker_info import Load, Role, State, WorkerInfo
+from baton.cluster.worker_info import Role, State, WorkerInfo
 from baton.errors import SettingsError
 from baton.ids import BlockHash, WorkerId, new_worker_id
 from baton.rpc import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -26,6 +26,7 @@ from engine.cluster_cache import ClusterCache
 from engine.core import LocalEngine
 from engine.interface import LayerListener, ModelInfo, StepResult
 from engine.metrics import EngineMetrics
+from engine.opening import load_engine
 from engine.prefetch import Prefetcher
 from engine.prefetch_metrics import PrefetchMetrics
 from engine.speed import MeasuredSpeed
@@ -34,6 +35,7 @@ from engine.tier_metrics import TierMetrics, watch
 from engine.transfer_servicer import SERVICE as TRANSFER_SERVICE
 from engine.transfer_servicer import TransferServicer
 from engine.transfers import open_transfers, read_secret
+from engine.worker_figures import load_of, status_of
 from engine.worker_servicer import WorkerServicer
 from kvtransfer.inproc import InprocHub
 from kvtransfer.link.client import Links
@@ -42,12 +44,6 @@ from kvtransfer.registry import Ports
 from kvtransfer.verify import Verifier
 
 log = logging.getLogger(__name__)
-
-_STATES = {
-    "starting": worker_pb2.WORKER_STATE_STARTING,
-    "ready": worker_pb2.WORKER_STATE_READY,
-    "draining": worker_pb2.WORKER_STATE_DRAINING,
-}
 
 
 class WorkerHost:
@@ -85,10 +81,10 @@ class WorkerHost:
 
     async def load(self) -> None:
         """Loads the model and allocates the pool and the tiers below it, on the engine's thread. Raises as
-        LocalEngine.load does, and SettingsError for a cluster secret or transports that cannot be used."""
+        load_engine does, and SettingsError for a cluster secret or transports that cannot be used."""
         secret = read_secret(self.settings)
         self.engine = EngineThread(
-            lambda: LocalEngine.load(self.settings, self._layer_listener),
+            lambda: load_engine(self.settings, self._layer_listener),
             self._take,
             asyncio.get_running_loop(),
         )
@@ -270,17 +266,7 @@ class WorkerHost:
             latency=self._speed.latency,
             epoch=self._epoch,
             cache_sequence=self._cache.sequence if self._cache else 0,
-            load=Load(
-                running_sequences=stats.running_sequences,
-                waiting_sequences=stats.waiting_sequences,
-                waiting_tokens=stats.waiting_tokens,
-                waiting_token_context=stats.waiting_token_context,
-                kv_blocks_used=stats.kv_blocks_used,
-                kv_blocks_wanted=stats.kv_blocks_wanted,
-                kv_blocks_cached=stats.kv_blocks_cached,
-                kv_tokens=stats.kv_tokens,
-                arrivals_per_s=self._arrivals.per_s,
-            ),
+            load=load_of(stats, self._arrivals.per_s),
         )
 
     async def failed(self) -> None:
@@ -317,19 +303,7 @@ class WorkerHost:
             await self.engine.stop()
 
     def status(self) -> worker_pb2.WorkerStatus:
-        stats = self.engine.stats()
-        return worker_pb2.WorkerStatus(
-            worker_id=self.worker_id,
-            role=self.role,
-            model=self.model.name,
-            state=_STATES[self.state],
-            running_sequences=stats.running_sequences,
-            waiting_sequences=stats.waiting_sequences,
-            waiting_tokens=stats.waiting_tokens,
-            kv_blocks_total=stats.kv_blocks_total,
-            kv_blocks_used=stats.kv_blocks_used,
-            kv_blocks_cached=stats.kv_blocks_cached,
-        )
+        return status_of(self.worker_id, self.role, self.model.name, self.state, self.engine.stats())
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:

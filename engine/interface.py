@@ -279,8 +279,9 @@ class Engine(Protocol):
         """Those below its pool, where it has any; for the engine's thread alone."""
 
     def clear_cache(self, tenant: TenantTag | None) -> tuple[int, int]:
-        """Forgets a tenant's cached blocks, or all, in every tier; what requests hold now goes when these end. Blocks
-        and bytes, a block that lies in several tiers counted in each."""
+        """Forgets a tenant's cached blocks, or all, in every tier; what requests hold now goes when these end, and what
+        is on its way up, or from a peer, does not become prefix cache. Blocks and bytes, a block that lies in several
+        tiers counted in each."""
 
     def commit(
         self,

@@ -36,6 +36,8 @@ class PrefixCache:
         self._tenants: dict[BlockId, TenantTag] = {}
         """Whose each block was that was published last; of published blocks that came from elsewhere it may be
         nobody's."""
+        self._coming: Counter[BlockHash] = Counter()
+        """How many restores are about to publish each of these."""
 
     # ---- what there is
 
@@ -95,7 +97,9 @@ class PrefixCache:
             costs.restore_s(Counter(places[index] for index in filled)),
             costs.compute_s(tokens, cached),
         )
-        return Restoring(self._restore(names, blocks), filled, len(places), self._clock(), expected_s, compute_s)
+        self._coming.update(names)
+        restore = self._restore(names, blocks)
+        return Restoring(restore, filled, len(places), self._clock(), expected_s, compute_s, names)
 
     def _restore(self, names: Sequence[BlockHash], blocks: Sequence[BlockId]) -> Restore:
         """Of what was located before room was made for it, as much as is still there."""
@@ -104,6 +108,11 @@ class PrefixCache:
         return self._tiers.restore(names[:there], blocks[:there]) if there else NothingRestored(self._layers)
 
     # ---- what is on its way
+
+    def is_coming(self, names: Sequence[BlockHash]) -> bool:
+        """Whether somebody restores some of these already. Who waits for that finds them in HBM: it has begun before,
+        and is given up when it turns slow."""
+        return bool(self._coming) and any(name in self._coming for name in names)
 
     def keeps_ahead(self, sequence: LiveSequence, start: int, end: int) -> bool:
         """Whether a step with these tokens of a sequence has to wait for none of its layers."""
@@ -128,7 +137,12 @@ class PrefixCache:
     def forget(self, sequence: LiveSequence) -> None:
         """Its restore has ended and been seen to."""
         sequence.restoring = None
-        del self.restoring[sequence]
+        self.seen_to(self.restoring.pop(sequence))
+
+    def seen_to(self, restoring: Restoring) -> None:
+        """What of it was right is published, or nothing ever will be. Once for each that was begun."""
+        if not restoring.is_void:
+            self._coming -= Counter(restoring.names)
 
     def since_s(self, restoring: Restoring) -> float:
         return self._clock() - restoring.began_s
@@ -152,16 +166,33 @@ class PrefixCache:
     def publish_block(self, block: BlockId, name: BlockHash, tenant: TenantTag | None) -> None:
         """After `tell_published`, or of a block that the lower tiers know already; None: whose it is they know."""
         self._tenants.pop(block, None)
+        if tenant is None and self._tiers is not None:
+            tenant = self._tiers.tenant_of(name)
         if tenant is not None:
             self._tenants[block] = tenant
         self._pool.publish(block, name)
 
     def clear(self, tenant: TenantTag | None) -> int:
-        """Forgets what the pool has of a tenant, or all; how many blocks. What may be anybody's goes too."""
+        """Forgets what the pool has of a tenant, or all; how many blocks. What may be anybody's goes too, and what is
+        on its way up stays its sequence's own. Before the lower tiers are cleared."""
+        for sequence, restoring in self.restoring.items():
+            if tenant in (None, sequence.owner.tenant) or self.is_partly(tenant, restoring.names):
+                self.void(restoring)
         published = self._pool.published()
         blocks = [b for b in published if tenant is None or self._tenants.get(b, tenant) == tenant]
         self._pool.forget(blocks)
         return len(blocks)
+
+    def is_partly(self, tenant: TenantTag | None, names: Sequence[BlockHash]) -> bool:
+        """Whether some of these blocks in lower tiers may be a tenant's; None: anybody's."""
+        if tenant is None or self._tiers is None:
+            return True
+        return any(self._tiers.tenant_of(name) in (tenant, None) for name in names)
+
+    def void(self, restoring: Restoring) -> None:
+        """Nothing of it is to be published."""
+        self.seen_to(restoring)
+        restoring.is_void = True
 
 
 def _in_hbm(places: Sequence[Tier]) -> list[int]:

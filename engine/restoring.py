@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from baton.clock import Clock
+from baton.ids import BlockHash
 from kvcache.restore_plan import GRACE_S, keeps_ahead, overdue_s, should_give_up
 from kvcache.tiers.interface import Restore, Restored
 
@@ -21,6 +22,10 @@ class Restoring:
     expected_s: float
     compute_s: float
     """What computing these blocks would have taken."""
+    names: Sequence[BlockHash] = ()
+    """Of the blocks that it fills."""
+    is_void: bool = False
+    """The prefix cache was cleared of these meanwhile: they are good for whoever restores them, and for nobody else."""
     check_s: float = field(init=False)
     """By the clock: when to see whether it has turned slow, though nothing is heard of it."""
 

@@ -38,7 +38,7 @@ class StepLogits:
     (all but the last, and the last with `next_token`), about that successor; empty for other rows."""
 
     def only(self, rows: Sequence[int], sampled: Sequence[int]) -> "StepLogits":
-        """Implements engine.core.Logits."""
+        """Implements engine.computing.Logits."""
         return StepLogits(self.logits[list(sampled)], tuple(self.prompt_logprobs[row] for row in rows))
 
 

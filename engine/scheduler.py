@@ -81,6 +81,7 @@ class Scheduler:
             bool(self.waiting)
             and len(self.running) + len(self.reserved) < self.limits.sequences_max
             and self._fits(self.waiting.first)
+            and not self.cache.is_coming(self._reusable(self.waiting.first))
         )
 
     def admit(self) -> list[LiveSequence]:
@@ -224,7 +225,8 @@ class Scheduler:
         restored = restoring.restore.result
         assert restored is not None
         right = restoring.right_blocks(restored)
-        self._publish_blocks(sequence, sequence.published, right)
+        if not restoring.is_void:
+            self._publish_blocks(sequence, sequence.published, right)
         if not sequence.preemptions:
             sequence.restored_tokens = restored.good * self.block_tokens
             sequence.restore_s = self.cache.since_s(restoring)

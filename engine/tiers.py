@@ -67,7 +67,7 @@ def _copier(region: HostRegion | DeviceRegion) -> BlockCopier:
     return HostCopier(region.memory, region.layout)
 
 
-def _digests(region: HostRegion | DeviceRegion) -> Callable[[Sequence[BlockId]], Sequence[int]]:
+def _digests(region: HostRegion | DeviceRegion) -> Callable[[Sequence[BlockId], range], Sequence[int]]:
     return region.digests
 
 

@@ -1,5 +1,5 @@
 """The Python client: gRPC calls as plain functions."""
 
-from baton.client.client import Client, Part
+from baton.client.client import Cache, Client, Part
 
-__all__ = ["Client", "Part"]
+__all__ = ["Cache", "Client", "Part"]

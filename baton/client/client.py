@@ -31,6 +31,16 @@ _CLASSES: dict[RequestClass, inference_pb2.RequestClass] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """How long a request's KV should be kept in the lower tiers of the workers, within the tenant's quota there."""
+
+    ttl_s: float = 0.0
+    """From its last use, a week at most; 0: no promise."""
+    pin: bool = False
+    """Until the tenant's cache is cleared."""
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """What is new since the part before. The last one has a finish reason, the usage and the timeline."""
 
@@ -65,12 +75,13 @@ class Client:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         cache_salt: str = "",
+        cache: Cache | None = None,
         request_id: str = "",
         request_class: RequestClass | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[Part]:
         """Streams the continuation of a prompt given as text or token ids. A more urgent class passes others where
-        requests wait; None: the tenant's own.
+        requests wait; None: the tenant's own. `cache` asks for the request's KV to be kept.
 
         Closing the iterator (leaving its `for` loop) cancels the request and frees its blocks.
         """
@@ -81,6 +92,8 @@ class Client:
             request.token_ids.ids.extend(prompt)
         if sampling is not None:
             request.sampling.CopyFrom(sampling_to_proto(sampling))
+        if cache is not None:
+            request.cache.CopyFrom(inference_pb2.CacheOptions(ttl_s=cache.ttl_s, pin=cache.pin))
         if request_class is not None:
             request.request_class = _CLASSES[request_class]
         call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import random
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
 
 from baton.clock import Clock, monotonic
@@ -47,27 +48,30 @@ async def ask_until(
 ) -> None:
     """So many at a time, each a new question as soon as the last is answered."""
 
-    async def one(number: int) -> None:
+    async def one(number: int, threads: Executor) -> None:
         chance = random.Random(f"{seed}-{number}")
         while clock() < until_s:
-            await _ask(url, model, ledgers[int(len(ledgers) * chance.random() ** FAVOUR)], chance, tally)
+            ledger = ledgers[int(len(ledgers) * chance.random() ** FAVOUR)]
+            await _ask(url, model, ledger, chance, tally, threads)
             advance()
 
-    await asyncio.gather(*map(one, range(concurrency)))
+    with ThreadPoolExecutor(concurrency) as threads:
+        await asyncio.gather(*(one(number, threads) for number in range(concurrency)))
 
 
-async def _ask(url: str, model: str, ledger: Ledger, chance: random.Random, tally: Tally) -> None:
+async def _ask(url: str, model: str, ledger: Ledger, chance: random.Random, tally: Tally, threads: Executor) -> None:
     locker = chance.choice(LOCKERS if chance.random() < UNKNOWN_SHARE else list(ledger.owners))
     is_given_up = chance.random() < GIVEN_UP_SHARE
     messages = [{"role": "system", "content": ledger.text}, {"role": "user", "content": question(locker)}]
     body = json.dumps({"model": model, "messages": messages, "temperature": 0, "max_tokens": 8}).encode()
+    timeout_s = GIVEN_UP_AFTER_S if is_given_up else ANSWER_TIMEOUT_S
     try:
-        reply = await asyncio.to_thread(_post, url, body, GIVEN_UP_AFTER_S if is_given_up else ANSWER_TIMEOUT_S)
-    except (OSError, ValueError) as error:
+        reply = await asyncio.get_running_loop().run_in_executor(threads, _post, url, body, timeout_s)
+    except (OSError, HTTPException, ValueError) as error:
         if is_given_up:
             tally.given_up += 1
         else:
-            tally.failures[str(error)] += 1
+            tally.failures[str(error) or type(error).__name__] += 1
         return
     tally.answered += 1
     usage = reply["usage"]

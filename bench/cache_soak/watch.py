@@ -12,6 +12,7 @@ from baton.rpc import events_pb2, worker_pb2, worker_pb2_grpc
 from baton.service import CHANNEL_OPTIONS
 
 PERIOD_S = 1.0
+STATUS_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,12 @@ class Watch:
     processes: Mapping[str, int]
     """Process ids by name."""
     looks: int = 0
+    missed: int = 0
+    """Looks at a worker, or a process, that was not there or did not answer."""
     over_limit: int = 0
     turned_off: set[str] = field(default_factory=set)
     footprints: dict[str, list[Footprint]] = field(default_factory=dict)
-    statuses: Mapping[str, worker_pb2.CacheStatus] = field(default_factory=dict)
+    statuses: dict[str, worker_pb2.CacheStatus] = field(default_factory=dict)
     """The last of each worker."""
 
     async def run(self, addresses: Mapping[str, str], until: asyncio.Event) -> None:
@@ -59,15 +62,23 @@ class Watch:
 
     async def _look(self, stubs: Mapping[str, worker_pb2_grpc.WorkerStub]) -> None:
         request = worker_pb2.GetCacheStatusRequest(top_prefixes=3)
-        self.statuses = {name: await stub.GetCacheStatus(request, timeout=30) for name, stub in stubs.items()}
         self.looks += 1
-        for name, status in self.statuses.items():
-            self.over_limit += sum(
-                tier.bytes > tier.bytes_max or tier.blocks > tier.blocks_max for tier in status.tiers
-            )
-            self.turned_off |= {f"{name} {tier_name(tier.tier)}" for tier in status.tiers if tier.off_reason}
+        for name, stub in stubs.items():
+            try:
+                self.statuses[name] = await stub.GetCacheStatus(request, timeout=STATUS_TIMEOUT_S)
+            except grpc.aio.AioRpcError:
+                self.missed += 1
+            else:
+                self._note(name, self.statuses[name])
         for name, pid in self.processes.items():
-            self.footprints.setdefault(name, []).append(Footprint.of(pid))
+            try:
+                self.footprints.setdefault(name, []).append(Footprint.of(pid))
+            except psutil.Error:
+                self.missed += 1
+
+    def _note(self, name: str, status: worker_pb2.CacheStatus) -> None:
+        self.over_limit += sum(tier.bytes > tier.bytes_max or tier.blocks > tier.blocks_max for tier in status.tiers)
+        self.turned_off |= {f"{name} {tier_name(tier.tier)}" for tier in status.tiers if tier.off_reason}
 
     def hit_tokens(self) -> Mapping[str, int]:
         """By tier, over all workers; and those that came from other workers."""
@@ -80,7 +91,7 @@ class Watch:
 
     def growth(self, name: str) -> tuple[Footprint, Footprint]:
         """A process's medians over the second tenth of the time, when it is warm, and over the last."""
-        seen = self.footprints[name]
+        seen = self.footprints.get(name) or [Footprint(0, 0, 0)]
         tenth = max(1, len(seen) // 10)
         return _middle(seen[tenth : 2 * tenth] or seen), _middle(seen[-tenth:])
 

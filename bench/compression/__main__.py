@@ -1,14 +1,16 @@
 """`python -m bench.compression [--json]`: what `kv_compression: int8` costs and gives.
 
 Bytes of a block and the codec's speed; then, through a real engine and its DDR tier, what becomes of greedy answers
-when the prompt's KV was restored instead of computed: from int8 and, as the control, from KV stored as it is (its
-prompt's end is computed in another chunk than before, which in bfloat16 rounds otherwise). The random model's
-logits are nearly flat, so that small differences change its tokens early: it shows the worst. The recall model
-knows right answers from wrong ones.
+when the prompt's KV was restored instead of computed: from int8 and, as the control, from KV stored as it is. Three
+models are asked. `random` has random weights: its logits are nearly flat, so that little changes its tokens, but so is
+its attention, which averages errors out. `sharp` is the same with queries and keys SHARPER times as large: attention
+picks tokens, as that of trained models does, and errors count. `recall` knows right answers from wrong ones, and by a
+large margin. What int8 does to a trained model's answers, only that model tells.
 """
 
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 from baton.layout import KVLayout
 from baton.settings import RECALL_MODEL
@@ -39,10 +42,11 @@ DTYPES = ("float32", "bfloat16")
 STORAGES: tuple[StorageFormat, ...] = ("none", "int8")
 SHAPE = Shape(context=8448)
 ANSWER_TOKENS = 64
+SHARPER = 4.0
+WEIGHTS = "model.safetensors"
 LEDGER_LINES = 100
 UNKNOWN_EVERY = 8
 """One question in so many is about a locker that its ledger does not name."""
-PROMPTS_MIN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,16 @@ def recall_questions(prompts: int, seed: int, lines: int = LEDGER_LINES) -> list
     return questions
 
 
+def sharpen(model: Path, target: Path, factor: float) -> None:
+    """A copy of a model whose queries and keys are so many times as large."""
+    shutil.copytree(model, target)
+    weights = load_file(target / WEIGHTS)
+    for name, tensor in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor *= factor
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+
+
 def effects(tasks: Sequence[Task], advance: Callable[[], None]) -> Iterator[Effect]:
     for task in tasks:
         for dtype in DTYPES:
@@ -90,9 +104,12 @@ def run(prompts: int, tokens: int, seed: int, console: Console) -> tuple[list[Co
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     head_dim = SHAPE.hidden // SHAPE.heads
     with tempfile.TemporaryDirectory(prefix="baton-") as made, Progress(*columns, console=console) as progress:
-        make_model(model := Path(made) / "model", SHAPE, seed)
+        make_model(model := Path(made) / "random", SHAPE, seed)
+        sharpen(model, sharp := Path(made) / "sharp", SHARPER)
+        questions = random_questions(prompts, tokens, seed)
         tasks = [
-            Task("random, 28 M", str(model), random_questions(prompts, tokens, seed), ignore_eos=True),
+            Task("random", str(model), questions, ignore_eos=True),
+            Task("sharp", str(sharp), questions, ignore_eos=True),
             Task("recall", RECALL_MODEL, recall_questions(prompts, seed), ignore_eos=False),
         ]
         speeds = [
@@ -116,9 +133,9 @@ def codec_table(speeds: Sequence[CodecSpeed]) -> Table:
 
 def effect_table(found: Sequence[Effect]) -> Table:
     made = Table(title="answers from restored KV, against computed", title_justify="left", box=box.SIMPLE_HEAD)
-    headings = ("first token same", "same tokens", "changed", "margin", "logit diff.", "KL, first", "KL, all", "right")
+    headings = ("first same", "same tokens", "changed", "margin", "logits", "KL, first", "KL, all", "right")
     for heading in ("model", "dtype", "kept as", *headings):
-        made.add_column(heading, justify="right" if heading in headings else "left")
+        made.add_column(heading, justify="right" if heading in headings else "left", no_wrap=True)
     for effect in found:
         right = "–" if effect.is_right is None else f"{effect.is_right} of {len(effect.differences)}"
         made.add_row(
@@ -143,7 +160,7 @@ def as_json(speeds: Sequence[CodecSpeed], found: Sequence[Effect], seed: int) ->
 
 
 def main(
-    prompts: Annotated[int, typer.Option(min=PROMPTS_MIN, help="For each model")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="For each model")] = 32,
     tokens: Annotated[int, typer.Option(min=64, max=8192, help="In each of the random model's prompts")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the model, the prompts and the ledgers")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads")] = 1,
@@ -163,7 +180,7 @@ def main(
     for table in (codec_table(speeds), effect_table(found)):
         wide_console().print(table)
     wide_console().print(
-        "margin: median lead of the best logit over the next; logit diff.: the largest. KL in nats, means."
+        "margin: median lead of the best logit over the next; logits: their largest difference; KL: means, in nats."
     )
 
 

@@ -79,7 +79,8 @@ def kl_nats(computed: Logits, restored: Logits) -> NDArray[np.float64]:
     """How far the second's next-token distributions are from the first's, at each position: the sum of
     `p log(p / q)`, 0 where they are the same."""
     p, q = _log_softmax(computed), _log_softmax(restored)
-    return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+    kl: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+    return np.maximum(kl, 0.0)
 
 
 def _log_softmax(logits: Logits) -> NDArray[np.float64]:

@@ -29,6 +29,7 @@ from bench.tiers.restores import restore_rates
 from bench.tiers.workers import workers
 from bench.wide import wide_console
 from bench.worker_processes import StartFailed
+from kvcache.tiers.interface import StorageFormat
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 SHAPE = Shape(context=8448)
@@ -38,7 +39,7 @@ RESTORE_BYTES = 64 * 2**20
 
 
 def run(
-    lengths: Sequence[int], turns: int, seed: int, compression: str, disk: Path | None, console: Console
+    lengths: Sequence[int], turns: int, seed: int, compression: StorageFormat, disk: Path | None, console: Console
 ) -> Measured:
     """Raises StartFailed or RequestFailed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -104,6 +105,14 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
+def parse_compression(text: str) -> StorageFormat:
+    if text == "none":
+        return "none"
+    if text == "int8":
+        return "int8"
+    raise typer.BadParameter(f"{text!r} is neither none nor int8")
+
+
 def main(
     lengths: Annotated[str, typer.Option("--tokens", help="Prompt lengths")] = ",".join(map(str, LENGTHS)),
     turns: Annotated[int, typer.Option(min=1, help="New prompts of each length")] = 5,
@@ -115,11 +124,9 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
 ) -> None:
     """Measures time to first token by the tier that a prompt's KV lies in, and how fast it comes up."""
-    if compression not in ("none", "int8"):
-        raise typer.BadParameter(f"{compression!r} is neither none nor int8")
-    console = Console(stderr=True)
+    storage, console = parse_compression(compression), Console(stderr=True)
     try:
-        measured = run(parse_lengths(lengths), turns, seed, compression, disk, console)
+        measured = run(parse_lengths(lengths), turns, seed, storage, disk, console)
     except (RequestFailed, StartFailed) as error:
         console.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from None
@@ -128,7 +135,7 @@ def main(
     else:
         for table in (ttft_table(measured), rate_table(measured)):
             wide_console().print(table)
-    is_wrong = measured.wrong_tokens > 0 and compression == "none"
+    is_wrong = measured.wrong_tokens > 0 and storage == "none"
     if is_wrong:
         console.print(f"error: {measured.wrong_tokens} first tokens differ from the cold ones", markup=False)
     raise typer.Exit(int(is_wrong))

@@ -1,7 +1,6 @@
 """What was measured, by where a prompt's KV came from. Pure."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
@@ -26,10 +25,20 @@ class Sample:
     """How long the request waited for what was restored or fetched."""
 
 
+VERIFIED_BY_DEFAULT = "always"
+"""What `verify` is unless workers are told otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     source: Source
     gb_per_s: float
+    verified: str = VERIFIED_BY_DEFAULT
+    """Which of DDR's blocks: always, sampled or never."""
+
+    @property
+    def is_default(self) -> bool:
+        return self.verified == VERIFIED_BY_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +75,7 @@ class Measured:
         return sorted({sample.tokens for sample in self.samples})
 
     def _of(self, source: Source, tokens: int) -> list[Sample]:
-        return self._grouped[source, tokens]
-
-    @property
-    def _grouped(self) -> Mapping[tuple[Source, int], list[Sample]]:
-        groups: defaultdict[tuple[Source, int], list[Sample]] = defaultdict(list)
-        for sample in self.samples:
-            groups[sample.source, sample.tokens].append(sample)
-        return groups
+        return [sample for sample in self.samples if (sample.source, sample.tokens) == (source, tokens)]
 
     def as_json(self) -> dict[str, Any]:
         cells = [(tokens, source) for tokens in self.lengths for source in SOURCES if self._of(source, tokens)]
@@ -92,7 +94,8 @@ class Measured:
                 }
                 for tokens, source in cells
             ],
-            "restore": [{"source": rate.source, "gb_per_s": rate.gb_per_s} for rate in self.rates],
+            "restore": [{"source": rate.source, "gb_per_s": rate.gb_per_s} for rate in self.rates if rate.is_default],
+            "restore_ddr_verified": {rate.verified: rate.gb_per_s for rate in self.rates if rate.source == "ddr"},
             "wrong_first_tokens": self.wrong_tokens,
         }
 

@@ -63,8 +63,8 @@ class UseHistory:
     def names_max(self) -> int:
         return self.sets * WAYS
 
-    def see(self, names: Sequence[BlockHash], first: int, now_s: float) -> Seen:
-        """These, all different, are used now; the first at depth `first`."""
+    def see(self, names: Sequence[BlockHash], depths: Counts, now_s: float) -> Seen:
+        """These, all different, are used now."""
         rows, tags = self._places_of(names)
         is_mine = self._tag[rows] == tags[:, None]
         is_known, ways = is_mine.any(axis=1), is_mine.argmax(axis=1)
@@ -73,8 +73,8 @@ class UseHistory:
         uses = np.zeros(len(names), np.int32)
         uses[is_known] = np.minimum(again.uses + 1, USES_MAX)
         self._used_at[known], self._uses[known] = now_s, uses[is_known]
-        depths = np.minimum(first + np.arange(len(names)), DEPTH_MAX)
-        forgotten = self._add(rows[~is_known], tags[~is_known], depths[~is_known], now_s)
+        depths = np.minimum(depths[~is_known], DEPTH_MAX)
+        forgotten = self._add(rows[~is_known], tags[~is_known], depths, now_s)
         return Seen(uses, again, forgotten)
 
     def sample(self, first_set: int, sets: int, now_s: float) -> Entries:
@@ -88,7 +88,7 @@ class UseHistory:
         rows = (words[:, 0] & np.uint64(self.sets - 1)).astype(np.intp)
         return rows, np.maximum(words[:, 1].astype(np.uint32), np.uint32(1))
 
-    def _add(self, rows: Indexes, tags: NDArray[np.uint32], depths: Indexes, now_s: float) -> Entries:
+    def _add(self, rows: Indexes, tags: NDArray[np.uint32], depths: Counts, now_s: float) -> Entries:
         """New names, each into the way of its set that was not used longest. What was there, as it was."""
         gone = []
         while len(rows):

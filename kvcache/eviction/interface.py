@@ -36,10 +36,10 @@ class Candidates:
 class KeepPolicy(Protocol):
     """Learns how likely blocks are to be used again, and when. Deterministic: no clock, no chance of its own."""
 
-    def seen(self, names: Sequence[BlockHash], first: int, now_s: float) -> Counts:
-        """A request uses these blocks, adjacent in its prompt, the first at depth `first`: found in whatever tier, or
-        computed and stored now. To be called once for each block of each request, for the first block before the
-        last; `now_s` never goes back.
+    def seen(self, names: Sequence[BlockHash], depths: Counts, now_s: float) -> Counts:
+        """Requests use these blocks, all different, at these depths of their prompts: found in whatever tier, or
+        computed and stored now. To be told once of each block of each request, of the first block before the last;
+        `now_s` never goes back.
 
         How often each was used before, even if it was dropped since: a bounded memory of names, far longer than the
         tiers', tells a block that comes again and again from one that is seen once. To be kept as `uses`.

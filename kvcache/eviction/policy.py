@@ -47,13 +47,13 @@ class GittinsPolicy:
         self._reviewed_at = -np.inf
         self._next_set = 0
 
-    def seen(self, names: Sequence[BlockHash], first: int, now_s: float) -> Counts:
+    def seen(self, names: Sequence[BlockHash], depths: Counts, now_s: float) -> Counts:
         if not names:
             return np.empty(0, np.int32)
         if self._uses_since >= self._review_after:
             self._review(now_s)
         self._uses_since += len(names)
-        seen = self._history.see(names, first, now_s)
+        seen = self._history.see(names, depths, now_s)
         self._rates.used(seen.again)
         self._rates.forgotten(seen.forgotten)
         return seen.uses

@@ -20,16 +20,23 @@ BATCH: Final = 16
 """Blocks that are sent down at one time at least: a fraction of a millisecond."""
 CHAIN: Final = 8
 """Blocks of one prompt that go down together, into adjacent slots: one system call brings them back."""
+DROP_TURNS_MAX: Final = 4
+"""Samples that one `flush` may draw."""
+ROOM_DIVISOR: Final = 8
+SHED_OF_SAMPLE: Final = 32
+SHED_TURNS_MAX: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Demotion:
-    """Blocks that lie in DDR until this has ended."""
+    """Blocks that lie in DDR until this has ended, or longer."""
 
     job: Job[None]
     rows: tuple[int, ...]
     ddr_slots: tuple[Slot, ...]
     ssd_slots: tuple[Slot, ...]
+    keeps_ddr: bool
+    """A backup."""
 
 
 @dataclass(slots=True)
@@ -57,6 +64,17 @@ class Demotions:
         """Until then nobody knows which slots are free."""
 
     @property
+    def has_room_below(self) -> bool:
+        """The SSD takes everything."""
+        slots = self._shelves.slots["ssd"]
+        return self._shelves.has_ssd and self.is_scanned and slots.free > slots.total // ROOM_DIVISOR
+
+    @property
+    def free_wanted(self) -> int:
+        """Slots of DDR that are kept free for what HBM evicts."""
+        return self._high
+
+    @property
     def erasing(self) -> list[Slot]:
         return [slot for _, slots in self._erasing for slot in slots]
 
@@ -73,7 +91,7 @@ class Demotions:
             error = demotion.job.error
             self._shelves.slots["ddr"].let_go(demotion.ddr_slots)
             for row, ddr_slot, ssd_slot in zip(demotion.rows, demotion.ddr_slots, demotion.ssd_slots, strict=True):
-                self._land(row, ddr_slot, ssd_slot, error is None)
+                self._land(row, ddr_slot, ssd_slot, error is None, demotion.keeps_ddr)
             if error is not None:
                 self._shelves.turn_off_ssd(f"it could not be written ({error.strerror or error}).")
         for job, slots in [erasure for erasure in self._erasing if erasure[0].is_done]:
@@ -84,7 +102,7 @@ class Demotions:
                 self._shelves.slots["ssd"].to_erase += slots
                 self._shelves.turn_off_ssd(f"it could not be erased ({job.error.strerror or job.error}).")
 
-    def _land(self, row: int, ddr_slot: Slot, ssd_slot: Slot, is_written: bool) -> None:
+    def _land(self, row: int, ddr_slot: Slot, ssd_slot: Slot, is_written: bool, keeps_ddr: bool) -> None:
         """If it still lies in DDR; else it was forgotten meanwhile, and the disk is to forget it too."""
         index = self._shelves.index
         is_still_there = (
@@ -94,7 +112,8 @@ class Demotions:
             index.mark(row, Mark.MOVING, False)
         if is_still_there and is_written and self._shelves.has_ssd:
             self._shelves.put_down(row, "ssd", ssd_slot)
-            self._shelves.drop(row, "ddr")
+            if not keeps_ddr:
+                self._shelves.drop(row, "ddr")
         else:
             self._shelves.slots["ssd"].give_back(ssd_slot, erase=True)
 
@@ -109,15 +128,18 @@ class Demotions:
 
     def make_room(self, now_s: float) -> None:
         """Sends the least valuable leaves down when DDR runs full, with what they alone hang on: a few, or twice as
-        many as have come meanwhile."""
+        many as have come meanwhile. Where the SSD is nearly full, nothing has a place in both while other blocks are
+        dropped."""
         count, self.arrived = max(BATCH, 2 * self.arrived), 0
-        on_their_way = sum(len(demotion.rows) for demotion in self.under_way)
+        on_their_way = sum(len(demotion.rows) for demotion in self.under_way if not demotion.keeps_ddr)
         free = self._shelves.slots["ddr"].free + on_their_way
         if free >= self._low:
             return
         short, batch = min(count, self._high - free), Batch([], [])
+        if not self.has_room_below:
+            short -= self.shed(self._shelves.slots["ddr"].free + short, now_s)
         room = self._room()
-        for row, value in self._victims(now_s):
+        for row, value in self._victims(short, now_s):
             length = min(CHAIN, short, room - len(batch.rows))
             if length <= 0:
                 break
@@ -131,9 +153,9 @@ class Demotions:
             return self._high
         return (self._bytes_max - self._io.bytes_in_flight) // self._shelves.row_bytes
 
-    def _victims(self, now_s: float) -> Iterator[tuple[int, float]]:
+    def _victims(self, count: int, now_s: float) -> Iterator[tuple[int, float]]:
         """Copies of what HBM is not about to evict come first: they can be made again."""
-        weakest = self._worth.weakest("ddr", now_s)
+        weakest = self._worth.weakest("ddr", now_s, count)
         for is_redundant in (True, False):
             for row, value in weakest:
                 if row in self._shelves.index.leaves["ddr"] and self._is_redundant(row) is is_redundant:
@@ -192,21 +214,52 @@ class Demotions:
             self._drop("ssd", [value] * (max(count, BATCH) - free), now_s)
         return self._shelves.slots["ssd"].take(count)
 
-    def _submit(self, batch: Batch) -> None:
+    def back_up(self, rows: list[int]) -> None:
+        """Copies of these, which lie in DDR alone, to free slots of the SSD, of which there are as many."""
+        slots = self._shelves.slots["ssd"].take(len(rows))
+        assert len(slots) == len(rows)
+        for row in rows:
+            self._shelves.index.mark(row, Mark.MOVING, True)
+        self._submit(Batch(rows, slots), keeps_ddr=True)
+
+    def _submit(self, batch: Batch, keeps_ddr: bool = False) -> None:
         if not batch.rows:
             return
         index = self._shelves.index
         ddr_slots = [Slot(index.place(row, "ddr")) for row in batch.rows]
         self._shelves.slots["ddr"].hold(ddr_slots)
         job = self._io.demote(ddr_slots, batch.ssd_slots, [self._shelves.header(row) for row in batch.rows])
-        self.under_way.append(Demotion(job, tuple(batch.rows), tuple(ddr_slots), tuple(batch.ssd_slots)))
+        self.under_way.append(Demotion(job, tuple(batch.rows), tuple(ddr_slots), tuple(batch.ssd_slots), keeps_ddr))
 
     # ---- dropping
 
+    def shed(self, free_wanted: int, now_s: float) -> int:
+        """Makes so many slots of DDR free, as far as that is possible at no loss: of blocks that lie on the SSD too.
+        How many blocks leave it."""
+        missing = first = free_wanted - self._shelves.slots["ddr"].free
+        for _ in range(SHED_TURNS_MAX):
+            rows = [row for row in self._worth.spare(now_s) if row not in self.spared] if missing > 0 else []
+            for row in rows[: min(missing, SHED_OF_SAMPLE)]:
+                self._shelves.drop(row, "ddr")
+                missing -= 1
+            if not rows:
+                break
+        return max(0, first) - max(0, missing)
+
     def drop_for(self, values: Sequence[float], now_s: float) -> None:
-        """Makes room in DDR at once for blocks that are worth so much, the most first, as far as others are worth
-        less. There is no time to write these to the SSD."""
-        self._drop("ddr", values[self._shelves.slots["ddr"].free :], now_s)
+        """Makes room in DDR at once for blocks that are worth so much, the most first: what is on the SSD too goes, and
+        then what can be copied again from HBM, before what is worth less. There is no time to write to the SSD."""
+        self.shed(len(values), now_s)
+        slots = self._shelves.slots["ddr"]
+        if slots.free < len(values):
+            for row, _ in self._worth.weakest("ddr", now_s):
+                if slots.free < len(values) and self._is_redundant(row) and self._may_go(row, "ddr"):
+                    self._shelves.drop(row, "ddr")
+        for _ in range(DROP_TURNS_MAX):
+            free = slots.free
+            self._drop("ddr", values[free:], now_s)
+            if slots.free in (free, len(values)):
+                break
 
     def _drop(self, tier: LowerTier, values: Sequence[float], now_s: float) -> None:
         """The weakest leaves, a block for each newcomer that is worth more."""
@@ -215,7 +268,7 @@ class Demotions:
         wanted = iter(values)
         newcomer = next(wanted, None)
         leaves = self._shelves.index.leaves[tier]
-        for row, value in self._worth.weakest(tier, now_s):
+        for row, value in self._worth.weakest(tier, now_s, len(values)):
             if newcomer is None or value >= newcomer:
                 return
             for each in self._shelves.index.chain(row, tier, CHAIN) if row in leaves else ():

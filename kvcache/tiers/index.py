@@ -67,11 +67,18 @@ class TierIndex:
         self._hbm, self._ddr, self._ssd = (self.places[tier].data for tier in TIERS)
         self._place_of = {tier: self.places[tier].data for tier in TIERS}
         self._parent, self._children, self._upper = self.parent.data, self.children.data, self.upper_children.data
-        self._mark = self.marks.data
+        self._mark, self._digest = self.marks.data, self.digest.data
+        self._cleared = [column.data for column in (self.depth, self.used_at, self.uses, self.copies, self.digest)]
         self.counts: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         self._ddr_leaves, self._ssd_leaves = RowSet(ddr_slots, end), RowSet(ssd_slots, end)
         self.leaves: dict[LowerTier, RowSet] = {"ddr": self._ddr_leaves, "ssd": self._ssd_leaves}
         """What may go. From DDR: nothing follows on it in HBM or DDR; from the SSD: nothing in any tier."""
+        self.spare = RowSet(ddr_slots, end)
+        self._in_leaves = self._ddr_leaves.places, self._ssd_leaves.places, self.spare.places
+        """In DDR, and on the SSD too: their slots in DDR are free at once, at no loss."""
+        self.unsaved: dict[int, None] = {}
+        """In HBM and in no lower tier, in the order in which they came; without what is on its way down, and what was
+        DECLINED there."""
         self.has_ssd = ssd_slots > 0
         """Turned off: what was promised may not leave DDR."""
 
@@ -123,6 +130,10 @@ class TierIndex:
     def is_in(self, row: int, tier: Tier) -> bool:
         return bool(self._place_of[tier][row])
 
+    def is_in_one(self, row: int) -> bool:
+        """In one tier only."""
+        return (self._hbm[row] > 0) + (self._ddr[row] > 0) + (self._ssd[row] > 0) == 1
+
     def lies_below(self, row: int) -> bool:
         return bool(self._ddr[row] or self._ssd[row])
 
@@ -138,39 +149,56 @@ class TierIndex:
     def put(self, row: int, tier: Tier, place: int) -> None:
         """It lies there too, from now on."""
         assert not self._place_of[tier][row], f"in {tier} already"
-        was_present, was_upper = self.is_present(row), self._is_upper(row)
+        hbm, ddr, ssd = self._hbm[row], self._ddr[row], self._ssd[row]
         self._place_of[tier][row] = place + 1
         self.counts[tier] += 1
         if tier == "hbm":
             self._row_in_block[place] = row
+            if not (ddr or ssd):
+                self.unsaved[row] = None
+        else:
+            self.unsaved.pop(row, None)
         above = self._parent[row]
-        if above:
-            self._children[above] += not was_present
-            self._upper[above] += self._is_upper(row) - was_upper
+        is_first, is_first_upper = not (hbm or ddr or ssd), tier != "ssd" and not (hbm or ddr)
+        if above and (is_first or is_first_upper):
+            self._children[above] += is_first
+            self._upper[above] += is_first_upper
             self.refresh(above)
         self.refresh(row)
 
     def drop(self, row: int, tier: Tier) -> int:
         """It no longer lies there; where that was. The row may be gone with it."""
-        place, was_upper = self.place(row, tier), self._is_upper(row)
+        place = self.place(row, tier)
         self._place_of[tier][row] = 0
+        hbm, ddr, ssd = self._hbm[row], self._ddr[row], self._ssd[row]
         self.counts[tier] -= 1
         if tier == "hbm":
             self._row_in_block[place] = NO_ROW
-            self.mark(row, Mark.FROM_BELOW | Mark.DECLINED, False)
-        elif tier == "ddr" and self._hbm[row] and self._mark[row] & Mark.GOING:
-            self.mark(row, Mark.DECLINED, True)
-        if tier != "hbm" and not self.lies_below(row):
-            self.mark(row, Mark.DIGESTED | Mark.GOING | Mark.FROM_BELOW, False)
-        above, is_present = self._parent[row], self.is_present(row)
-        if above:
-            self._children[above] -= not is_present
-            self._upper[above] -= was_upper - self._is_upper(row)
+            self.unsaved.pop(row, None)
+            self._mark[row] &= ~(Mark.FROM_BELOW | Mark.DECLINED)
+        else:
+            self._left_below(row, tier)
+        above = self._parent[row]
+        is_gone, is_last_upper = not (hbm or ddr or ssd), tier != "ssd" and not (hbm or ddr)
+        if above and (is_gone or is_last_upper):
+            self._children[above] -= is_gone
+            self._upper[above] -= is_last_upper
             self.refresh(above)
         self.refresh(row)
-        if not is_present:
+        if is_gone:
             self._vanish(row)
         return place
+
+    def _left_below(self, row: int, tier: Tier) -> None:
+        """What its marks say after it has left a lower tier."""
+        mark, in_hbm = self._mark[row], self._hbm[row]
+        if tier == "ddr" and in_hbm and mark & Mark.GOING:
+            mark |= Mark.DECLINED
+        if not self.lies_below(row):
+            mark &= ~(Mark.DIGESTED | Mark.GOING | Mark.FROM_BELOW)
+            if in_hbm and not mark & Mark.DECLINED:
+                self.unsaved[row] = None
+        self._mark[row] = mark
 
     def _is_upper(self, row: int) -> bool:
         return bool(self._hbm[row] or self._ddr[row])
@@ -179,9 +207,9 @@ class TierIndex:
         """It lies nowhere any more: a ghost if blocks hang on it, else gone."""
         self.tenants.leave(int(self.tenant[row]))
         above, self._parent[row] = self._parent[row], NO_ROW
-        for column in (self.depth, self.used_at, self.uses, self.copies, self.digest, self.tenant):
+        for column in self._cleared:
             column[row] = 0
-        self._mark[row] = 0
+        self.tenant[row] = self._mark[row] = 0
         for each in (row, above):
             if each and not self.is_present(each) and not self._children[each]:
                 assert not self._upper[each]
@@ -189,11 +217,18 @@ class TierIndex:
 
     def refresh(self, row: int) -> None:
         """Whether it may go, after a change."""
-        mark = self._mark[row]
-        may_drop = not mark & (Mark.BUSY | Mark.PROMISED)
-        may_move = may_drop or (self.has_ssd and not mark & Mark.BUSY)
-        self._ddr_leaves.put(row, may_move and self._ddr[row] > 0 and not self._upper[row])
-        self._ssd_leaves.put(row, may_drop and self._ssd[row] > 0 and not self._children[row])
+        mark, in_ddr, in_ssd = self._mark[row], self._ddr[row] > 0, self._ssd[row] > 0
+        is_idle, is_free = not mark & Mark.BUSY, not mark & Mark.PROMISED
+        may_leave_ddr = in_ddr and is_idle and (is_free or self.has_ssd) and not self._upper[row]
+        may_leave_ssd = in_ssd and is_idle and is_free and not self._children[row]
+        is_spare = in_ddr and in_ssd and is_idle
+        ddr_leaves, ssd_leaves, spare = self._in_leaves
+        if may_leave_ddr != (ddr_leaves[row] > 0):
+            self._ddr_leaves.put(row, may_leave_ddr)
+        if may_leave_ssd != (ssd_leaves[row] > 0):
+            self._ssd_leaves.put(row, may_leave_ssd)
+        if is_spare != (spare[row] > 0):
+            self.spare.put(row, is_spare)
 
     def mark(self, row: int, mark: int, is_so: bool) -> None:
         self._mark[row] = self._mark[row] | mark if is_so else self._mark[row] & ~mark
@@ -206,18 +241,21 @@ class TierIndex:
 
     # ---- use and worth
 
-    def use(self, rows: Rows, uses: Counts, now_s: float) -> None:
-        """These are used now, and were so often before."""
+    def use(self, rows: Rows, now_s: float) -> None:
+        """These are used now."""
         self.used_at[rows] = now_s
-        self.uses[rows] = np.minimum(uses, USES_MAX)
         self.marks[rows] &= ~np.uint8(Mark.GOING | Mark.DECLINED)
 
+    def note_uses(self, rows: Rows, uses: Counts) -> None:
+        """So often they had been used before they were used last."""
+        self.uses[rows] = np.minimum(uses, USES_MAX)
+
     def note_digest(self, row: int, digest: int) -> None:
-        self.digest[row] = digest
-        self.mark(row, Mark.DIGESTED, True)
+        self._digest[row] = digest
+        self._mark[row] |= Mark.DIGESTED
 
     def digest_of(self, row: int) -> int | None:
-        return int(self.digest[row]) if self.is_marked(row, Mark.DIGESTED) else None
+        return self._digest[row] if self._mark[row] & Mark.DIGESTED else None
 
     def note_copies(self, rows: Rows, copies: NDArray[np.int64]) -> None:
         self.copies[rows] = np.minimum(copies, COPIES_MAX) + 1
@@ -265,8 +303,9 @@ class TierIndex:
         links = (self.parent, self.depth, self.children, self.upper_children)
         columns: list[NDArray[Any]] = [*self.places.values(), *links, self.used_at, self.uses, self.copies]
         columns += [self.digest, self.tenant, self.marks]
-        a_row = sum(int(column.dtype.itemsize) for column in columns) + 2 * np.dtype(np.int32).itemsize
-        members = (self.row_in_block.size + sum(map(len, self.leaves.values()))) * np.dtype(np.int32).itemsize
+        sets = (*self.leaves.values(), self.spare)
+        a_row = sum(int(column.dtype.itemsize) for column in columns) + len(sets) * np.dtype(np.int32).itemsize
+        members = (self.row_in_block.size + sum(map(len, sets))) * np.dtype(np.int32).itemsize
         return self.table.size_bytes + a_row * (self.table.rows_used + 1) + members
 
     def check_integrity(self) -> None:
@@ -283,9 +322,11 @@ class TierIndex:
         for row in rows:
             assert (children[row], upper[row]) == (self._children[row], self._upper[row])
             assert self.is_present(row) or children[row], "a row for nothing"
-            was = [row in leaves for leaves in self.leaves.values()]
+            sets = (*self.leaves.values(), self.spare)
+            was = [row in each for each in sets]
             self.refresh(row)
-            assert was == [row in leaves for leaves in self.leaves.values()], "leaves are out of date"
+            assert was == [row in each for each in sets], "leaves are out of date"
+        assert all(self._hbm[row] and not self.lies_below(row) for row in self.unsaved)
         for tier in TIERS:
             taken = [self._place_of[tier][row] for row in rows if self._place_of[tier][row]]
             assert len(taken) == len(set(taken)) == self.counts[tier], f"two blocks in one place of {tier}"

@@ -197,6 +197,9 @@ class LowerTiers(Protocol):
     def tier_of(self, name: BlockHash) -> Tier | None:
         """The highest tier that has it, HBM included."""
 
+    def tenant_of(self, name: BlockHash) -> TenantTag | None:
+        """Whose it is, in whatever tier it lies; None: nobody's that is known."""
+
     def changed(self) -> Sequence[BlockHash]:
         """Names whose `tier_of` may have changed since the last call, HBM included."""
 

@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 from baton.ids import BlockHash, BlockId
 from kvcache.tiers.interface import LowerTier, Rows, Slot, SlotHeader, StorageFormat
 
-PoolDigests = Callable[[Sequence[BlockId]], Sequence[int]]
-"""baton.digest's, of blocks of the pool as they lie there; any thread."""
+PoolDigests = Callable[[Sequence[BlockId], range], Sequence[int]]
+"""What these layers, as they lie there, add to baton.digest's of blocks of the pool; any thread."""
 VerifyDdr = Literal["always", "sampled", "never"]
-"""Which blocks from DDR are compared with their digests once they are in the pool; those from SSD all are."""
+"""Which blocks from DDR are compared with their digests; those from SSD all are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,14 @@ class IoSizes:
     """How work is cut for the I/O threads."""
 
     piece_bytes: int = 4 * 2**20
-    """Copied, written or verified in one turn of a thread, about a millisecond: so long a restore waits behind what is
+    """Copied and verified, or written, in one turn of a thread, about a millisecond: so long a restore waits behind what is
     less urgent."""
     group_bytes: int = 2**20
     """A group of layers is this much at least, over all blocks: less is not worth a turn."""
     staging_bytes: int = 8 * 2**20
     """Read in one turn: a disk is as fast as it can be by calls of a few MiB, and the processor's cache holds one."""
+    read_bytes: int = 2**20
+    """A row of the SSD is read in parts, by groups of layers, if each has so much."""
 
 
 class RowMemory(Protocol):
@@ -37,9 +39,18 @@ class SlotIo(Protocol):
     """Slots of a file. Different threads may use different slots at one time. Raises OSError where the disk fails."""
 
     def read(
-        self, slots: Sequence[Slot], names: Sequence[BlockHash], rows: Rows, row_slots: Sequence[Slot]
+        self,
+        slots: Sequence[Slot],
+        names: Sequence[BlockHash],
+        rows: Rows,
+        row_slots: Sequence[Slot],
+        size_bytes: int | None = None,
     ) -> Sequence[SlotHeader | None]:
-        """Payloads into rows; None: that slot does not hold the block of that name."""
+        """Payloads, or so many of their first bytes, into rows; None: that slot does not hold the block of that
+        name."""
+
+    def read_on(self, slots: Sequence[Slot], rows: Rows, row_slots: Sequence[Slot], part: range) -> None:
+        """These bytes of payloads, to where they belong in the rows. Bytes around them may be read, too."""
 
     def write(
         self, slots: Sequence[Slot], headers: Sequence[SlotHeader], rows: Rows, row_slots: Sequence[Slot]

@@ -1,7 +1,9 @@
-"""HBM to DDR: in the background what will be evicted soon, at once what is evicted before."""
+"""HBM to DDR: in the background what will be evicted soon, or all of it while there is room below; at once what is
+evicted before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -18,7 +20,9 @@ from kvcache.tiers.worth import Worth
 AHEAD: Final = 64
 """Blocks that are copied down before they are evicted: more than most steps evict."""
 AHEAD_DIVISOR: Final = 8
-"""But no more than one in so many of the pool's: they are held meanwhile."""
+"""But no more than one in so many of the pool's at one time: they are held meanwhile."""
+BYTES_DIVISOR: Final = 2
+"""What need not be copied yet takes no more than one byte in so many of those that may be in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,18 @@ class Offload:
 
 class Offloads:
     def __init__(
-        self, shelves: Shelves, io: StoreIo, worth: Worth, demotions: Demotions, hbm_blocks: int, bytes_max: int
+        self,
+        shelves: Shelves,
+        io: StoreIo,
+        worth: Worth,
+        demotions: Demotions,
+        hbm_blocks: int,
+        bytes_max: int,
     ) -> None:
         """`bytes_max`: in flight, and copied by one `flush`. A block of HBM is taken to be as large as a row."""
         self._shelves, self._io, self._worth, self._demotions = shelves, io, worth, demotions
-        self._ahead = min(AHEAD, max(1, hbm_blocks // AHEAD_DIVISOR))
+        self._held_max = max(1, hbm_blocks // AHEAD_DIVISOR)
+        self._ahead = min(AHEAD, self._held_max)
         self._bytes_max = bytes_max
         self._now_max = max(1, bytes_max // shelves.row_bytes)
         self.under_way: list[Offload] = []
@@ -75,18 +86,34 @@ class Offloads:
             index.mark(row, Mark.GOING, True)
         self._void.discard(row)
 
-    def begin(self, pool: PoolView, block_bytes: int) -> None:
-        """Copies what will be evicted soon and is in no lower tier, as much as may be on its way."""
+    def begin(self, pool: PoolView, block_bytes: int, now_s: float) -> None:
+        """Copies what is in no lower tier, as much as may be on its way: what will be evicted soon, and then, while
+        there is room below, the rest in the order in which it came."""
         room = (self._bytes_max - self._io.bytes_in_flight) // block_bytes
-        count = min(self._ahead - sum(len(offload.rows) for offload in self.under_way), room)
-        if not self.is_due or count <= 0:
-            return
-        self.is_due = False
+        held = sum(len(offload.rows) for offload in self.under_way)
+        if self.is_due and min(self._ahead - held, room) > 0:
+            self.is_due = False
+            held += self._send(pool, self._soon(pool, min(self._ahead - held, room)))
+        room = (self._bytes_max // BYTES_DIVISOR - self._io.bytes_in_flight) // block_bytes
+        count = min(self._held_max - held, room, len(self._shelves.index.unsaved))
+        if count > 0:
+            self._send(pool, self._oldest(min(count, self._room_below(count, now_s))))
+
+    def _soon(self, pool: PoolView, count: int) -> list[tuple[int, BlockId]]:
         rows = [(self._shelves.index.row_of_block(block), block) for block, _ in pool.upcoming(self._ahead)]
-        wanted = [(row, block) for row, block in rows if row != NO_ROW and self._is_wanted(row)][:count]
-        slots = self._shelves.slots["ddr"].take(len(wanted))
-        if slots:
-            self._send(pool, wanted[: len(slots)], slots)
+        wanted = [(row, block) for row, block in rows if row != NO_ROW and self._is_wanted(row)]
+        return wanted[: min(count, self._shelves.slots["ddr"].free)]
+
+    def _oldest(self, count: int) -> list[tuple[int, BlockId]]:
+        index = self._shelves.index
+        return [(row, BlockId(index.place(row, "hbm"))) for row in islice(index.unsaved, count)]
+
+    def _room_below(self, count: int, now_s: float) -> int:
+        """Slots of DDR that are free, or can be as what they hold is on the SSD too, beside those that room would be
+        made for."""
+        if self._demotions.has_room_below:
+            self._demotions.shed(self._demotions.free_wanted + count, now_s)
+        return max(0, self._shelves.slots["ddr"].free - self._demotions.free_wanted)
 
     def _is_wanted(self, row: int) -> bool:
         """What came up from the SSD is worth a place in DDR the second time, while there is room."""
@@ -95,15 +122,21 @@ class Offloads:
             return False
         return not index.is_in(row, "ssd") or index.is_marked(row, Mark.FROM_BELOW)
 
-    def _send(self, pool: PoolView, wanted: Sequence[tuple[int, BlockId]], slots: Sequence[Slot]) -> None:
+    def _send(self, pool: PoolView, wanted: Sequence[tuple[int, BlockId]]) -> int:
+        """For which there are slots; how many."""
+        if not wanted:
+            return 0
         index = self._shelves.index
         rows, blocks = zip(*wanted, strict=True)
+        slots = self._shelves.slots["ddr"].take(len(rows))
         self._demotions.arrived += len(rows)
         pool.hold(blocks)
         for row in rows:
             index.mark(row, Mark.MOVING, True)
+            index.unsaved.pop(row, None)
         job = self._io.offload(blocks, slots, self._known(rows))
         self.under_way.append(Offload(job, rows, blocks, tuple(slots)))
+        return len(rows)
 
     def _known(self, rows: Sequence[int]) -> list[int | None]:
         return [self._shelves.index.digest_of(row) for row in rows]
@@ -119,12 +152,15 @@ class Offloads:
         """These blocks have been evicted and are about to be overwritten. The best of those that lie nowhere else are
         copied down, as many as there is room for."""
         index = self._shelves.index
-        rows = [index.row_of_block(block) for block in removed]
-        needed = [(row, block) for row, block in zip(rows, removed, strict=True) if not index.lies_below(row)]
+        rows = [(index.row_of_block(block), block) for block in removed]
+        needed = [(row, block) for row, block in rows if not index.lies_below(row)]
+        for row, _ in rows:
+            if index.lies_below(row):
+                self._shelves.drop(row, "hbm")  # before room is made: its copy below is the last one now
         if needed:
             self._copy_now(self._chosen(needed, now_s))
-        for row in rows:
-            self._shelves.let_drop(row, "hbm")
+            for row, _ in needed:
+                self._shelves.let_drop(row, "hbm")
         self.is_due = True
 
     def _chosen(self, needed: list[tuple[int, BlockId]], now_s: float) -> list[tuple[int, BlockId]]:

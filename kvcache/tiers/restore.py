@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from baton.digest import sum_of
 from kvcache.tiers.interface import LowerTier, Restored, RestoreTiming, SlotHeader
-from kvcache.tiers.restore_pieces import LayerCount, RestorePiece, RestorePlan
+from kvcache.tiers.restore_pieces import LayerCount, RestorePlan
 from kvcache.tiers.tier_speeds import TierSpeeds
+
+CORRUPT = "A block was not what was stored: its digest is another."
 
 
 @dataclass(slots=True)
@@ -50,10 +53,10 @@ class RestoreJob:
         self._changed = threading.Condition()
         self._count = LayerCount(plan.pieces, plan.layers)
         self._layers = 0
-        self._left = len(plan.pieces) + len(plan.late_checks)
-        self._copies_left = len(plan.pieces)
-        self._late = {position for some in plan.late_checks for position in some}
+        self._left = len(plan.pieces)
         self._landed_bytes = [0] * len(plan.parts)
+        self._digested_layers = [0] * len(plan.parts)
+        self._digest_sums = [0] * len(plan.parts)
         self._sure = [False] * len(plan.parts)
         self._good_max = len(plan.parts)
         """Positions from here on are lost, or follow on one that is."""
@@ -103,11 +106,16 @@ class RestoreJob:
             if self._result is not None:
                 return 0.0
             landed, total = self._by_tier(self._landed_bytes), self._by_tier([self.plan.row_bytes] * self._parts)
-            unsure_bytes = sum(not self._sure[at] for at in self._late) * self.plan.row_bytes
+            undigested_bytes = sum(map(self._undigested_bytes, self.plan.pool_checks))
         elapsed_s = self._clock() - self._begun_s
-        return self._speeds.digest_s(unsure_bytes) + sum(
+        return self._speeds.digest_s(undigested_bytes) + sum(
             (total[tier] - landed[tier]) / self._speed(tier, landed[tier], elapsed_s) for tier in total
         )
+
+    def _undigested_bytes(self, position: int) -> int:
+        """Of what has landed: a speed includes the digests."""
+        layer_bytes = self.plan.row_bytes // self.plan.layers
+        return self._landed_bytes[position] - self._digested_layers[position] * layer_bytes
 
     def _speed(self, tier: LowerTier, landed_bytes: int, elapsed_s: float) -> float:
         own = landed_bytes / elapsed_s if elapsed_s > 0 else 0.0
@@ -154,20 +162,38 @@ class RestoreJob:
                 return
             for at in positions:
                 self._landed_bytes[at] += size
-                if at not in self._late and self._landed_bytes[at] >= self.plan.row_bytes:
-                    self._sure[at] = True
+                self._sure[at] = self._landed_bytes[at] == self.plan.row_bytes and at not in self.plan.pool_checks
             spent = self._spent[self.plan.parts[positions[0]].tier]
             spent.size_bytes += size * len(positions)
             spent.last_s = self._clock()
+            is_news = self._count_layers(positions, layers)
+        if is_news:
+            self._wake()
 
-    def verified(self, positions: Sequence[int]) -> None:
-        """Those of the late checks that were right."""
+    def _count_layers(self, positions: Sequence[int], layers: range) -> bool:
+        """With the lock held. Whether more of the lowest layers have landed."""
+        before = self._layers
+        self._count.landed(layers, len(positions))
+        if not self._reason:
+            self._layers = self._count.layers
+        if self._layers > before:
+            self._changed.notify_all()
+        return self._layers > before
+
+    def digested(self, positions: Sequence[int], layers: range, digests: Sequence[int]) -> None:
+        """What these layers add to the digests of parts that are verified in the pool."""
         with self._changed:
             if self._is_over:
                 return
-            for at in positions:
-                self._sure[at] = True
-                self._spent[self.plan.parts[at].tier].last_s = self._clock()
+            for at, digest in zip(positions, digests, strict=True):
+                self._digested_layers[at] += len(layers)
+                self._digest_sums[at] = sum_of(self._digest_sums[at], digest)
+            whole = [at for at in positions if self._digested_layers[at] == self.plan.layers]
+            wrong = [at for at in whole if self._digest_sums[at] != self.digest(at)]
+            for at in whole:
+                self._sure[at] = at not in wrong
+            self._spent[self.plan.parts[positions[0]].tier].last_s = self._clock()
+            self.lost(wrong, CORRUPT, is_corrupt=True)
 
     def headed(self, position: int, header: SlotHeader | None) -> bool:
         """What its slot on the SSD said. Whether that is the block that it should hold."""
@@ -196,39 +222,14 @@ class RestoreJob:
         self.has_disk_failed |= tier == "ssd"
         self.lost(left, reason)
 
-    def copy_ended(self, piece: RestorePiece) -> bool:
-        """Ended, whatever came of it. Whether it was the last and the late checks are due."""
-        with self._changed:
-            if self._is_over:
-                return False
-            self._copies_left -= 1
-            before = self._layers
-            self._count.landed(piece)
-            if not self._reason:
-                self._layers = self._count.layers
-            is_news = self._layers > before
-            if is_news:
-                self._changed.notify_all()
-            is_due = not self._copies_left and bool(self.plan.late_checks)
-        has_ended = self._step_ended()
-        if is_news and not has_ended:
-            self._wake()
-        return is_due
-
-    def check_ended(self) -> None:
-        with self._changed:
-            if self._is_over:
-                return
-        self._step_ended()
-
-    def _step_ended(self) -> bool:
+    def piece_ended(self) -> None:
+        """Whatever came of it."""
         with self._changed:
             self._left -= 1
             if self._left or self._is_over:
-                return False
+                return
             self._end()
         self._wake()
-        return True
 
     # ---- with the lock held
 

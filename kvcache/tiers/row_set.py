@@ -13,7 +13,7 @@ class RowSet:
         self._members = np.zeros(rows_max, np.int32)
         self._places = np.zeros(rows_end, np.int32)
         self._member_at, self._place_of = self._members.data, self._places.data
-        """The same memory. A row's place counts from 1; 0: not in the set."""
+        """The same memory."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -21,6 +21,11 @@ class RowSet:
 
     def __contains__(self, row: int) -> bool:
         return bool(self._place_of[row])
+
+    @property
+    def places(self) -> "memoryview[int]":
+        """By row: not 0 if it is in the set."""
+        return self._place_of
 
     def put(self, row: int, is_member: bool) -> None:
         """Adds or removes it; nothing if that is how it is."""
@@ -36,8 +41,9 @@ class RowSet:
             self._place_of[row] = 0
 
     def sample(self, count: int, random: np.random.Generator) -> Rows:
-        """Some different ones, all of them if there are no more than `count`; else up to `count`."""
+        """`count` different ones, evenly spread from a place drawn by chance; all if there are no more."""
         if self._count <= count:
             return self._members[: self._count].astype(np.int64)
-        chosen: NDArray[np.int64] = np.unique(random.integers(0, self._count, count))
+        spread: NDArray[np.int64] = np.arange(count) * self._count // count
+        chosen = (spread + random.integers(self._count)) % self._count
         return self._members[chosen].astype(np.int64)

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from baton.ids import BlockHash
 from baton.latency import Tier
 from kvcache.name_table import NO_ROW
@@ -28,7 +30,9 @@ class Shelves:
         self.promises = Promises(self.index, row_bytes)
         self._pins = Deadlines()
         """Monotonic: blocks that peers are about to read."""
-        self._changed: dict[BlockHash, None] = {}
+        self._changed: dict[int, None] = {}
+        self._gone: dict[BlockHash, None] = {}
+        """Rows of which something was put or dropped, and names of those that are gone."""
         self.stored_blocks = dict.fromkeys(LOWER, 0)
         """That came down, since the start."""
         self.dropped_blocks = 0
@@ -48,20 +52,23 @@ class Shelves:
 
     def put(self, row: int, tier: Tier, place: int) -> None:
         self.index.put(row, tier, place)
-        self._changed[self.index.table.name(row)] = None
+        self._changed[row] = None
 
     def drop(self, row: int, tier: Tier, *, erase: bool = False) -> bool:
         """It no longer lies there, and its slot is free as soon as may be. Whether it lies nowhere now; its row is
         another's then."""
-        self._changed[self.index.table.name(row)] = None
+        is_last = self.index.is_in_one(row)
+        if is_last:
+            self._changed.pop(row, None)
+            self._gone[self.index.table.name(row)] = None
+            self.promises.forget(row)
+            self._pins.discard(row)
+        else:
+            self._changed[row] = None
         place = self.index.drop(row, tier)
         if tier != "hbm":
             self.slots[tier].give_back(Slot(place), erase and tier == "ssd")
-        if self.index.is_present(row):
-            return False
-        self.promises.forget(row)
-        self._pins.discard(row)
-        return True
+        return is_last
 
     def let_drop(self, row: int, tier: Tier) -> None:
         """The same, for want of room: counted if it was the last copy here."""
@@ -121,8 +128,11 @@ class Shelves:
         return rows[: _leading(self.index.are_present(rows).tolist())].tolist()  # type: ignore[no-any-return]
 
     def take_changed(self) -> list[BlockHash]:
-        changed, self._changed = list(self._changed), {}
-        return changed
+        rows = np.fromiter(self._changed, np.int64, len(self._changed))
+        names = [*self._gone, *self.index.table.names(rows)]
+        self._changed.clear()
+        self._gone.clear()
+        return names
 
     def state(self, tier: LowerTier) -> TierState:
         total, blocks = self.slots[tier].total, self.index.counts[tier]

@@ -108,19 +108,34 @@ class SlotFile:
             self._drop_cached(slots[run])
 
     def read(
-        self, slots: Sequence[Slot], names: Sequence[BlockHash], rows: Rows, row_slots: Sequence[Slot]
+        self,
+        slots: Sequence[Slot],
+        names: Sequence[BlockHash],
+        rows: Rows,
+        row_slots: Sequence[Slot],
+        size_bytes: int | None = None,
     ) -> list[SlotHeader | None]:
-        """The slots' payloads into rows `row_slots` of host memory, and their headers. None: the slot does not hold
-        the block of that name, and its row anything."""
-        payloads = self._whole_rows(rows)
+        """The slots' payloads into rows `row_slots` of host memory, or so many of their first bytes and the rest of
+        the page; and their headers. None: the slot does not hold the block of that name, and its row anything."""
+        payloads = self._whole_rows(rows)[:, : self._payload_bytes if size_bytes is None else whole_pages(size_bytes)]
+        is_whole = payloads.shape[1] == self._payload_bytes
         headers: list[SlotHeader | None] = []
-        for run in _runs(slots, self._run_slots):
+        for run in _runs(slots, self._run_slots if is_whole else 1):
             with self._header_pages() as pages:
                 buffers = list(_alternating(pages, payloads, row_slots[run]))
                 self._calls.read(self._fd, buffers, self._offset(slots[run.start]))
                 headers += [self._header(buffer, name) for buffer, name in zip(buffers[::2], names[run], strict=True)]
             self._drop_cached(slots[run])
         return headers
+
+    def read_on(self, slots: Sequence[Slot], rows: Rows, row_slots: Sequence[Slot], part: range) -> None:
+        """These bytes of the slots' payloads, and the rest of their pages, to where they belong in the rows. Who calls
+        it has read the headers, and keeps the slots from being written since."""
+        begin = part.start // PAGE_BYTES * PAGE_BYTES
+        payloads = self._whole_rows(rows)[:, begin : whole_pages(part.stop)]
+        for slot, row in zip(slots, row_slots, strict=True):
+            self._calls.read(self._fd, [memoryview(payloads[row])], self._offset(slot) + PAGE_BYTES + begin)
+            self._drop_cached([slot])
 
     def _header(self, page: memoryview, name: BlockHash) -> SlotHeader | None:
         header = self._format.unpack(page[:HEADER_BYTES].tobytes())

@@ -15,6 +15,7 @@ from baton.ids import BlockHash, BlockId, TenantTag
 from baton.latency import Tier
 from kvcache.eviction.interface import KeepPolicy
 from kvcache.name_table import NO_ROW
+from kvcache.tiers.backups import Backups
 from kvcache.tiers.demotions import Demotions
 from kvcache.tiers.found_slots import FoundSlots
 from kvcache.tiers.hot_prefixes import hottest
@@ -34,6 +35,8 @@ from kvcache.tiers.restores import Restores
 from kvcache.tiers.self_test import time_restores
 from kvcache.tiers.shelves import Shelves
 from kvcache.tiers.store_io import Job, StoreIo
+from kvcache.tiers.tenants import NO_TAG
+from kvcache.tiers.use_counts import UseCounts
 from kvcache.tiers.worth import Worth
 
 DOUBTFUL_DIVISOR: Final = 16
@@ -61,12 +64,14 @@ class StoreShape:
 
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """A block that will be published under a name that lies nowhere yet."""
+    """A prompt of which blocks will be published."""
 
-    parent: BlockHash
-    depth: int
-    uses: int
+    root: BlockHash
+    names: Sequence[BlockHash]
     owner: Owner
+
+    def parent(self, depth: int) -> BlockHash:
+        return self.names[depth - 1] if depth else self.root
 
 
 class TierStore:
@@ -93,15 +98,22 @@ class TierStore:
         self._shelves = Shelves(shape.hbm_blocks, shape.ddr_slots, shape.ssd_slots, shape.row_bytes, shape.storage)
         self._index = self._shelves.index
         self._worth = Worth(self._index, policy, saved_s, shape.row_bytes, random)
+        self._use_counts = UseCounts(self._index, policy)
         self._demotions = Demotions(self._shelves, self._io, self._worth, shape.bytes_in_flight_max)
+        self._backups = Backups(self._shelves, self._demotions, shape.bytes_in_flight_max)
         self._offloads = Offloads(
-            self._shelves, self._io, self._worth, self._demotions, shape.hbm_blocks, shape.bytes_in_flight_max
+            *(self._shelves, self._io, self._worth, self._demotions),
+            *(shape.hbm_blocks, shape.bytes_in_flight_max),
         )
         self._restores = Restores(self._shelves, self._io)
         self._found = FoundSlots(self._shelves, lambda: self.wake())
         self._scan: Job[None] | None = self._io.scan(self._found.found) if shape.ssd_slots else None
         self._demotions.is_scanned = self._scan is None
-        self._coming: dict[BlockHash, Coming] = {}
+        self._coming = Coming(BlockHash(b""), (), Owner(TenantTag(bytes(8))))
+        self._coming_at: dict[BlockHash, int] = {}
+        """Where in it those are that lie nowhere yet."""
+        self._restored: dict[BlockHash, None] = {}
+        """Began to come up and were not published yet: a use that has been counted. At most as many as HBM has."""
         self._removed: list[BlockId] = []
         self._pool: PoolView | None = None
         self._is_closed = False
@@ -110,22 +122,21 @@ class TierStore:
 
     def stored(self, block: BlockId, name: BlockHash) -> None:
         self._forget_unflushed()
-        coming = self._coming.pop(name, None)
-        row = self._index.find(name)
+        depth = self._coming_at.pop(name, None)
+        row = self._index.find(name) if depth is None else NO_ROW
         if row == NO_ROW:
-            row = self._add(name, coming)
+            row = self._add(name, depth)
         self._shelves.put(row, "hbm", block)
-        if coming is not None:
-            self._promise([row], coming.owner)
+        if depth is not None:
+            self._promise([row], self._coming.owner)
         self._offloads.is_due = True
 
-    def _add(self, name: BlockHash, coming: Coming | None) -> int:
+    def _add(self, name: BlockHash, depth: int | None) -> int:
         """A block that nobody told of has no known predecessor and is nobody's."""
-        parent, depth = (coming.parent, coming.depth) if coming else (None, 0)
-        tenant = coming.owner.tenant if coming else TenantTag(bytes(8))
-        row = self._index.add(name, parent, depth, tenant, self._clock())
-        self._index.uses[row] = coming.uses if coming else 0
-        return row
+        if depth is None:
+            return self._index.add(name, None, 0, TenantTag(bytes(8)), self._clock())
+        coming = self._coming
+        return self._index.add(name, coming.parent(depth), depth, coming.owner.tenant, self._clock())
 
     def removed(self, block: BlockId, name: BlockHash) -> None:  # noqa: ARG002 - the listener's signature
         if self._index.row_of_block(block) != NO_ROW:
@@ -148,26 +159,36 @@ class TierStore:
         new = names[first:]
         if not new:
             return
-        uses = self._worth.seen(new, first, self._clock())
-        rows = self._index.table.find_all(new)
-        is_present = self._index.are_present(rows)
-        self._index.use(rows[is_present], uses[is_present], self._clock())
-        self._promise(rows[is_present].tolist(), owner)
-        parents = [names[first - 1] if first else root, *new[:-1]]
-        self._coming = {
-            name: Coming(parents[at], first + at, int(uses[at]), owner)
-            for at, name in enumerate(new)
-            if not is_present[at]
-        }
+        now_s = self._clock()
+        self._count_uses(new, first, now_s)
+        found = self._index.table.find_all(new) if len(new) > 1 else np.array([self._index.table.find(new[0])])
+        are_present = self._index.are_present(found)
+        rows = found[are_present]
+        if len(rows):
+            self._index.use(rows, now_s)
+            self._promise(rows.tolist(), owner)
+        self._coming = Coming(root, names, owner)
+        is_new = (~are_present).tolist()
+        self._coming_at = {name: depth for depth, name in enumerate(new, first) if is_new[depth - first]}
+
+    def _count_uses(self, names: Sequence[BlockHash], first: int, now_s: float) -> None:
+        """Without those that came up for a request that was counted when it did."""
+        restored = len(self._restored)
+        for depth, name in enumerate(names, first) if restored else ():
+            if self._restored.pop(name, self) is self:
+                self._use_counts.used([name], depth, now_s)
+        if not restored:
+            self._use_counts.used(names, first, now_s)
 
     def used(self, names: Sequence[BlockHash], owner: Owner) -> None:
         rows = self._shelves.present(names)
         if rows:
             now_s = self._clock()
-            uses = self._worth.seen(names[: len(rows)], 0, now_s)
-            self._index.use(np.asarray(rows, np.int64), uses, now_s)
+            self._use_counts.used(names[: len(rows)], 0, now_s)
+            self._index.use(np.asarray(rows, np.int64), now_s)
             self._promise(rows, owner)
             self._offloads.is_due = True
+            self._backups.look_again()
 
     def _promise(self, rows: Sequence[int], owner: Owner) -> None:
         if owner.pin or owner.ttl_s > 0:
@@ -190,8 +211,17 @@ class TierStore:
         if self._is_closed:
             return
         self._demotions.erase()
-        self._offloads.begin(pool, self._shape.block_bytes)
-        self._demotions.make_room(self._clock())
+        now_s = self._clock()
+        self._use_counts.tell_some(now_s)
+        self._offloads.begin(pool, self._shape.block_bytes, now_s)
+        self._demotions.make_room(now_s)
+        if not self._restores.running:
+            self._back_up()
+
+    def _back_up(self) -> None:
+        self._backups.begin(self._shape.bytes_in_flight_max - self._io.bytes_in_flight)
+        if self._backups.is_looking and not self._demotions.under_way:
+            self.wake()  # the end of a job wakes as well
 
     def _take_in(self) -> None:
         now_s, wall_s = self._clock(), self._wall_clock()
@@ -223,10 +253,18 @@ class TierStore:
         return ["ddr" if is_in else "ssd" for is_in in in_ddr.tolist()]
 
     def restore(self, names: Sequence[BlockHash], blocks: Sequence[BlockId]) -> Restore:
+        self._restored.update(dict.fromkeys(names))
+        while len(self._restored) > self._shape.hbm_blocks:
+            del self._restored[next(iter(self._restored))]
         return self._restores.begin(names, blocks)
 
     def tier_of(self, name: BlockHash) -> Tier | None:
         return self._index.tier_of(self._index.find(name))
+
+    def tenant_of(self, name: BlockHash) -> TenantTag | None:
+        row = self._index.find(name)
+        tag = self._index.tenants.tag(int(self._index.tenant[row]))
+        return None if tag == NO_TAG else tag
 
     def changed(self) -> Sequence[BlockHash]:
         return self._shelves.take_changed()
@@ -254,7 +292,9 @@ class TierStore:
         self._shelves.pin(rows, until_s)
 
     def clear(self, tenant: TenantTag | None) -> tuple[int, int]:
-        self._forget_unflushed()
+        for block in self._removed:  # the pool's part of this clearing
+            self._shelves.drop(self._index.row_of_block(block), "hbm")
+        self._removed.clear()
         rows = self._index.rows_below(tenant)
         self._offloads.void(self._index.rows_of(tenant))
         copies = sum(map(self._shelves.forget, rows))
@@ -274,6 +314,7 @@ class TierStore:
         return [replace(self._shelves.state(tier), arriving_bytes=arriving[tier] * row_bytes) for tier in tiers]
 
     def hottest(self, count: int) -> Sequence[HotPrefix]:
+        self._use_counts.tell(self._clock())
         return hottest(self._index, count)
 
     @property
@@ -288,7 +329,7 @@ class TierStore:
     def is_settled(self) -> bool:
         """Nothing is on its way, and the disk has been scanned."""
         moving = self._offloads.under_way or self._restores.running or self._demotions.is_busy
-        return not moving and self._scan is None
+        return not (moving or self._backups.is_looking) and self._scan is None
 
     def self_test(self) -> Sequence[RestoreTiming]:
         """The pool must be empty yet: what its first blocks hold is copied down and up again. Waits for the scan of the

@@ -160,28 +160,10 @@ class TierIo:
         def ended(error: OSError | None) -> None:
             if error:
                 job.lost(piece.positions, f"The restore failed: {error.strerror or error}.")
-            if job.copy_ended(piece):
-                self._submit_checks(job, turn)
+            job.piece_ended()
 
         run = partial(self._copies.run, job, piece)
         return Piece(Urgency.RESTORE, turn, number, run, ended, needs_disk=piece.tier == "ssd")
-
-    def _submit_checks(self, job: RestoreJob, turn: int) -> None:
-        first = len(job.plan.pieces)
-        self._threads.submit(
-            self._check_piece(job, turn, first + i, some) for i, some in enumerate(job.plan.late_checks)
-        )
-
-    def _check_piece(self, job: RestoreJob, turn: int, number: int, positions: Sequence[int]) -> Piece:
-        def run(_: LeaveDisk) -> None:
-            self._copies.verify(job, positions)
-
-        def ended(error: OSError | None) -> None:
-            if error:
-                job.lost(positions, f"The restore could not be verified: {error.strerror or error}.")
-            job.check_ended()
-
-        return Piece(Urgency.RESTORE, turn, number, run, ended)
 
     # ---- the end
 

@@ -6,7 +6,7 @@ from kvcache.tiers.interface import LowerTier, RestoreTiming
 
 UNKNOWN_BYTES_PER_S: dict[LowerTier, float] = {"ddr": 4e9, "ssd": 1e9}
 """Until the first restore has told."""
-DIGEST_BYTES_PER_S = 5e9
+DIGEST_BYTES_PER_S = 1e10
 SMALLEST_BYTES = 2**20
 """A restore of less says more of waiting than of speed."""
 NEWEST_SHARE = 0.25

@@ -144,7 +144,7 @@ def test_a_block_that_was_never_written_is_seen() -> None:
     assert digest(memory, LAYOUT) == 0 != before
 
 
-WIDE = replace(LAYOUT, blocks=40, kv_heads=256)
+WIDE = replace(LAYOUT, blocks=40, kv_heads=1024)
 MANY, _ = filled(WIDE)
 ALONE = [digest(MANY, WIDE, block) for block in range(WIDE.blocks)]
 

@@ -153,6 +153,7 @@ class FakeTiers:
         self.rows: dict[BlockHash, Kept] = {}
         self.in_hbm: dict[BlockHash, BlockId] = {}
         self.known: set[BlockHash] = set()
+        self.tenants: dict[BlockHash, TenantTag] = {}
         self.corrupt: set[BlockHash] = set()
         self.restores: list[FakeRestore] = []
         self.stalls, self.left_s = False, 1e9
@@ -201,6 +202,7 @@ class FakeTiers:
     def published(self, root: BlockHash, names: Sequence[BlockHash], first: int, owner: Owner) -> None:
         assert 0 <= first < len(names) and len(root) == 16 and owner.tenant
         self.known.update(names)
+        self.tenants.update(dict.fromkeys(names[first:], owner.tenant))
 
     def used(self, names: Sequence[BlockHash], owner: Owner) -> None:
         assert all(self.tier_of(name) for name in names)
@@ -243,6 +245,9 @@ class FakeTiers:
             return "hbm"
         return self.rows[name].tier if name in self.rows else None
 
+    def tenant_of(self, name: BlockHash) -> TenantTag | None:
+        return self.tenants.get(name)
+
     def changed(self) -> Sequence[BlockHash]:
         changed, self._changed = tuple(self._changed), {}
         return changed
@@ -250,12 +255,11 @@ class FakeTiers:
     # ---- operators
 
     def clear(self, tenant: TenantTag | None) -> tuple[int, int]:
-        del tenant
         self._removed.clear()
-        blocks = len(self.rows)
-        for name in tuple(self.rows):
+        its = [name for name in self.rows if tenant in (None, self.tenants.get(name))]
+        for name in its:
             self.forget(name)
-        return blocks, 0
+        return len(its), 0
 
     def states(self) -> Sequence[TierState]:
         return ()

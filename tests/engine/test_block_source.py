@@ -23,6 +23,7 @@ from engine.block_source import CachedBlocks
 from engine.core import LocalEngine
 from engine.interface import EngineRequest, Prefill, StepResult
 from engine.model.loader import LoadedModel, load_model
+from engine.opening import open_engine
 from engine.runner import StepLogits
 from engine.thread import EngineThread
 from engine.transfer_servicer import TransferServicer
@@ -139,7 +140,7 @@ async def worker(loaded: LoadedModel, worker_id: str, hub: InprocHub, transport:
         results.append(result)
         changed.set()
 
-    thread = EngineThread(lambda: LocalEngine.of(loaded, settings), take, asyncio.get_running_loop())
+    thread = EngineThread(lambda: open_engine(loaded, settings), take, asyncio.get_running_loop())
     await thread.started()
     transfers = open_transfers(
         *(settings, b"secret", worker_id, thread, CollectorRegistry(), _ignore, _ignore, hub, monotonic)

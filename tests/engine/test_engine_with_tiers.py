@@ -19,6 +19,7 @@ from engine.device_copier import DeviceCopier
 from engine.device_region import DeviceRegion
 from engine.interface import ModelInfo
 from engine.model.loader import LoadedModel, load_model
+from engine.opening import open_engine
 from engine.runner import ModelRunner, StepLogits, kv_layout
 from engine.sampler import sample
 from engine.scheduler import Limits
@@ -63,7 +64,7 @@ def opened(loaded: LoadedModel) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
     def make(**settings: object) -> Driver:
-        drivers.append(Driver(LocalEngine.of(loaded, WorkerSettings(**{**OPTIONS, **settings}))))  # type: ignore[arg-type]
+        drivers.append(Driver(open_engine(loaded, WorkerSettings(**{**OPTIONS, **settings}))))  # type: ignore[arg-type]
         return drivers[-1]
 
     yield make

@@ -12,9 +12,9 @@ from tiny_models import FAMILIES, make_model, random_prompt, reference
 
 from baton.ids import RequestId
 from baton.settings import WorkerSettings
-from engine.core import LocalEngine
 from engine.interface import Prefill
 from engine.model.loader import LoadedModel, load_model
+from engine.opening import open_engine
 
 BLOCK_TOKENS = 8
 NEW_TOKENS = 10
@@ -56,7 +56,7 @@ def drive(family: Family) -> Iterator[Drive]:
 
     def make(**settings: Any) -> EngineDriver:
         settings = {"kv_blocks": 512, "block_tokens": BLOCK_TOKENS, "chunk_tokens": 64} | settings
-        drivers.append(EngineDriver(LocalEngine.of(family.loaded, WorkerSettings(**settings))))
+        drivers.append(EngineDriver(open_engine(family.loaded, WorkerSettings(**settings))))
         return drivers[-1]
 
     yield make

@@ -11,9 +11,9 @@ from tiny_models import make_model, random_prompt
 from baton.errors import InvalidRequest
 from baton.ids import RequestId
 from baton.settings import WorkerSettings
-from engine.core import LocalEngine
 from engine.interface import FinishReason
 from engine.model.loader import LoadedModel, load_model
+from engine.opening import open_engine
 
 BLOCK_TOKENS = 8
 NEW_TOKENS = 20
@@ -41,7 +41,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def engines(loaded: LoadedModel) -> Iterator[tuple[EngineDriver, EngineDriver]]:
     """One that serves a request undisturbed, and one that takes over."""
     settings = WorkerSettings(kv_blocks=64, block_tokens=BLOCK_TOKENS, chunk_tokens=16)
-    drivers = EngineDriver(LocalEngine.of(loaded, settings)), EngineDriver(LocalEngine.of(loaded, settings))
+    drivers = EngineDriver(open_engine(loaded, settings)), EngineDriver(open_engine(loaded, settings))
     yield drivers
     for driver in drivers:
         driver.assert_idle()

@@ -19,9 +19,9 @@ from baton.layout import PROBE_BLOCKS, KVLayout
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
 from engine.batch import Row
-from engine.core import LocalEngine
 from engine.interface import Prefill, StepTiming
 from engine.model.loader import load_model
+from engine.opening import open_engine
 from engine.scheduler import Limits
 from engine.self_test import ROUNDS, SECONDS_MAX, StepShape, measure_steps, step_shapes
 from engine.stopwatch import work_of
@@ -144,7 +144,7 @@ def engine(tiny: Any) -> Iterator[Callable[[], EngineDriver]]:
     drivers: list[EngineDriver] = []
 
     def make() -> EngineDriver:
-        drivers.append(EngineDriver(LocalEngine.of(tiny, WorkerSettings(kv_blocks=64, block_tokens=8))))
+        drivers.append(EngineDriver(open_engine(tiny, WorkerSettings(kv_blocks=64, block_tokens=8))))
         return drivers[-1]
 
     yield make

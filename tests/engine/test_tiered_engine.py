@@ -4,72 +4,15 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
-from fake_tiers import FakeTiers, ToyRows
-from toy_engine import ToyEngine, toy_entries, toy_reference
+from fake_tiers import FakeTiers
+from tiered_toy import PROMPT, A, B, below, names, reference, tiered, tiers_of
+from toy_engine import ToyEngine, toy_entries
 
 from baton.ids import BlockHash, RequestId, tenant_tag
 from baton.latency import DEFAULT_LATENCY
 from baton.sampling import SamplingParams
 from engine.interface import BlocksWritten, EngineRequest, Prefill, Retention
 from engine.scheduler import Limits
-from kvcache.block_hash import block_hashes, root_hash
-
-A, B, C = RequestId("a"), RequestId("b"), RequestId("c")
-PROMPT = tuple(range(1, 22))
-"""Five blocks and a token."""
-LIMITS = Limits(chunk_tokens=8, sequences_max=8, waiting_max=64)
-
-
-class Now:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def pass_time(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
-def names(tokens: Sequence[int]) -> list[BlockHash]:
-    return block_hashes(root_hash("toy", 4, "float32"), tokens, 4)
-
-
-def tiered(blocks: int = 12, **options: object) -> ToyEngine:
-    toy = ToyEngine(blocks=blocks, tiers=lambda region: FakeTiers(ToyRows(region)), clock=Now(), **options)  # type: ignore[arg-type]
-    tiers_of(toy).pass_time = toy.clock.pass_time  # type: ignore[attr-defined]
-    return toy
-
-
-def tiers_of(toy: ToyEngine) -> FakeTiers:
-    tiers = toy.engine.tiers
-    assert isinstance(tiers, FakeTiers)
-    return tiers
-
-
-def reference(prompt: Sequence[int], tokens: int = 4) -> list[int]:
-    return toy_reference(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True), 1 << 10)
-
-
-def fill(toy: ToyEngine, seed: int = 0) -> None:
-    """Pushes everything out of the pool that nobody holds."""
-    free = toy.engine.stats().kv_blocks_total - toy.engine.stats().kv_blocks_used
-    tokens = [1 + (seed + i) % 48 for i in range(4 * free - 4)]
-    name = f"filler{seed}"
-    toy.add(name, tokens, salt=name, max_tokens=2)
-    toy.run()
-
-
-def below(toy: ToyEngine, *, at_once: bool = True, prompt: Sequence[int] = PROMPT) -> FakeTiers:
-    """The prompt's blocks lie below HBM, and nowhere else."""
-    toy.add("first", prompt)
-    toy.run()
-    fill(toy)
-    tiers = tiers_of(toy)
-    tiers.at_once = at_once
-    assert all(tiers.tier_of(name) == "ddr" for name in names(prompt))
-    return tiers
-
 
 # ---- up, when all is well
 
@@ -520,96 +463,7 @@ def test_a_failed_restore_before_blocks_that_others_read_fails_the_request() -> 
 # ---- for peers, and from peers
 
 
-def test_a_prefix_is_promoted_for_a_peer() -> None:
-    toy = tiered(blocks=24)
-    tiers = below(toy, at_once=False)
-    done: list[bool] = []
-    assert toy.engine.promote(names(PROMPT), lambda: done.append(True))
-    toy.step()
-    assert not done and toy.engine.stats().kv_blocks_used == 5
-    tiers.restores[-1].finish()
-    toy.run()
-    assert done == [True]
-    held = toy.engine.hold(names(PROMPT))
-    assert len(held.blocks) == 5
-    toy.engine.let_go(held)
-    assert not toy.engine.promote(names(PROMPT), lambda: None), "all of it is in HBM"
-    toy.assert_idle()
-
-
-def test_a_promotion_takes_a_part_of_the_pool_at_most() -> None:
-    toy = tiered()
-    tiers = below(toy, at_once=False)
-    done: list[bool] = []
-    assert toy.engine.promote(names(PROMPT), lambda: done.append(True))
-    assert len(tiers.restores[-1].blocks) == 3, "a quarter"
-    assert not toy.engine.promote(names(PROMPT)[3:], lambda: None)
-    tiers.pass_time(10.0)
-    toy.run()
-    assert done == [True], "it stalled"
-    assert toy.engine.hold(names(PROMPT)).blocks == ()
-    toy.assert_idle()
-
-
-def test_a_promotion_that_is_on_its_way_when_the_engine_ends_is_over() -> None:
-    toy = tiered()
-    below(toy, at_once=False)
-    done: list[bool] = []
-    toy.engine.promote(names(PROMPT), lambda: done.append(True))
-    toy.engine.close()
-    assert done == [True]
-
-
-def test_reserved_blocks_are_filled_from_a_peer_and_found() -> None:
-    toy, other = tiered(blocks=24), ToyEngine(blocks=24)
-    other.add("b", PROMPT)
-    other.run()
-    toy.add("first", PROMPT[:9])
-    toy.run()
-    reserved = toy.engine.reserve(PROMPT, "", 4)
-    assert list(reserved.names) == names(PROMPT)[2:4] and len(reserved.held) == 2
-    theirs = other.engine.hold(names(PROMPT)[:4])
-    toy.region.copy_blocks(other.region, list(zip(reserved.blocks, theirs.blocks[2:], strict=True)))
-    toy.engine.check_integrity()
-    toy.engine.adopt(reserved, theirs.digests[2:], Retention("acme"))
-    toy.add("a", PROMPT)
-    toy.run()
-    assert toy.first[A].cached_tokens == 16
-    assert toy.outputs[A] == reference(PROMPT)
-    toy.assert_idle()
-
-
-def test_what_did_not_come_is_free_again() -> None:
-    toy = tiered(blocks=24)
-    reserved = toy.engine.reserve(PROMPT, "", 5)
-    assert len(reserved.blocks) == 5
-    toy.engine.adopt(reserved, (), Retention())
-    toy.run()
-    assert toy.engine.stats().kv_blocks_free == 24
-    toy.assert_idle()
-
-
-def test_nothing_is_reserved_of_what_lies_here_in_any_tier() -> None:
-    toy = tiered(blocks=24)
-    below(toy)
-    reserved = toy.engine.reserve((*PROMPT, 1, 2, 3, 4), "", 9)
-    assert list(reserved.names) == names((*PROMPT, 1, 2, 3, 4))[5:6]
-    toy.engine.adopt(reserved, (), Retention())
-
-
-def test_a_reservation_takes_a_part_of_the_pool_at_most() -> None:
-    toy = tiered(blocks=12)
-    reserved = toy.engine.reserve(PROMPT, "", 5)
-    assert len(reserved.names) == len(reserved.blocks) == 3
-    again = toy.engine.reserve(PROMPT, "x", 5)
-    assert again.blocks == again.names == ()
-    toy.engine.adopt(reserved, (), Retention())
-    toy.engine.adopt(again, (), Retention())
-    toy.run()
-    toy.assert_idle()
-
-
-# ---- what is told, and what is cleared
+# ---- what is told
 
 
 def test_the_cluster_is_told_of_the_highest_tier() -> None:
@@ -636,34 +490,6 @@ def test_the_cluster_is_told_of_the_highest_tier() -> None:
     follow()
     tiers = tiers_of(toy)
     assert where == {name: tiers.tier_of(name) for name in tiers.known if tiers.tier_of(name)}
-
-
-def test_clearing_forgets_all_tiers_but_what_is_held() -> None:
-    toy = tiered(blocks=24)
-    below(toy)
-    toy.add("a", PROMPT, max_tokens=8)
-    toy.step()
-    toy.step()
-    blocks, _ = toy.engine.clear_cache(None)
-    assert blocks >= 5
-    assert toy.engine.hold(names(PROMPT)).blocks == () and not tiers_of(toy).rows
-    toy.run()
-    assert toy.outputs[A] == reference(PROMPT, 8)
-    toy.assert_idle()
-
-
-def test_clearing_one_tenant_leaves_the_others() -> None:
-    toy = ToyEngine(blocks=24)
-    for tenant, salt in (("acme", "x"), ("other", "")):
-        params = SamplingParams(max_tokens=1, ignore_eos=True)
-        toy.engine.add(EngineRequest(A, PROMPT, params, Prefill.HERE, salt, retention=Retention(tenant)))
-        toy.run()
-        toy.ended.clear()
-        toy.admitted.clear()
-    assert toy.engine.clear_cache(tenant_tag("acme")) == (5, 5 * toy.model.layout.block_bytes)
-    held = toy.engine.hold(names(PROMPT))
-    assert len(held.blocks) == 5
-    toy.engine.let_go(held)
 
 
 # ---- everything at once

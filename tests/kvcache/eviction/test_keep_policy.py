@@ -6,7 +6,8 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from kvcache.eviction.interface import Candidates
+from baton.ids import BlockHash
+from kvcache.eviction.interface import Candidates, Counts, KeepPolicy
 from kvcache.eviction.policy import make_policy, worth_s
 from simulator.trace import prompt_block_name
 
@@ -32,6 +33,11 @@ def candidates(
     )
 
 
+def see(policy: KeepPolicy, names: Sequence[BlockHash], now_s: float) -> Counts:
+    """A whole prompt."""
+    return policy.seen(names, np.arange(len(names), dtype=np.int32), now_s)
+
+
 def test_before_anything_is_learned_it_is_lru_that_resists_scans() -> None:
     policy = make_policy(100)
     ages = [0.0, 0.01, 0.3, 1.0, 5.0, 60.0, 3600.0, 1e5]
@@ -48,12 +54,12 @@ def test_it_learns_how_long_to_wait() -> None:
     waiting: list[tuple[float, int]] = []
     for second in range(2000):
         block = next(fresh)
-        policy.seen([prompt_block_name(block)], 0, float(second))
+        see(policy, [prompt_block_name(block)], float(second))
         waiting.append((second + 100.0, block))
         if waiting[0][0] <= second:
             _, again = waiting.pop(0)
             if again % 2:
-                policy.seen([prompt_block_name(again)], 0, float(second))
+                see(policy, [prompt_block_name(again)], float(second))
     before, past = policy.values(candidates([50.0, 300.0]))
     assert before > 20 * past
 
@@ -61,9 +67,9 @@ def test_it_learns_how_long_to_wait() -> None:
 def test_what_was_dropped_is_still_known() -> None:
     policy = make_policy(10)
     names = [prompt_block_name(number) for number in range(3)]
-    assert policy.seen(names, 0, 1.0).tolist() == [0, 0, 0]
-    assert policy.seen(names[:2], 0, 2.0).tolist() == [1, 1]
-    assert policy.seen([], 2, 2.0).tolist() == []
+    assert see(policy, names, 1.0).tolist() == [0, 0, 0]
+    assert see(policy, names[:2], 2.0).tolist() == [1, 1]
+    assert see(policy, [], 2.0).tolist() == []
 
 
 def test_a_change_of_workload_is_followed() -> None:
@@ -74,9 +80,9 @@ def test_a_change_of_workload_is_followed() -> None:
     for prompts, is_repeated in ((400, True), (4000, False)):
         for _ in range(prompts):
             names = [prompt_block_name(next(fresh)) for _ in range(20)]
-            policy.seen(names, 0, now_s)
+            see(policy, names, now_s)
             if is_repeated:
-                policy.seen(names, 0, now_s + 1.0)
+                see(policy, names, now_s + 1.0)
             now_s += 2.0
         values.append(policy.values(candidates([0.5]))[0])
     assert values[1] < values[0] / 5
@@ -87,7 +93,7 @@ def test_the_same_history_gives_the_same_values() -> None:
         policy = make_policy(50)
         for second in range(500):
             names = [prompt_block_name(number % 37) for number in range(second, second + 5)]
-            policy.seen(names, 0, float(second))
+            see(policy, names, float(second))
         return list(policy.values(candidates([0.0, 1.0, 10.0, math.inf], [0, 1, 5, 40000], depth=10**6)))
 
     assert run() == run()

@@ -43,17 +43,29 @@ class FakeFile:
         self.hangs = threading.Event()
 
     def read(
-        self, slots: Sequence[Slot], names: Sequence[BlockHash], rows: Rows, row_slots: Sequence[Slot]
+        self,
+        slots: Sequence[Slot],
+        names: Sequence[BlockHash],
+        rows: Rows,
+        row_slots: Sequence[Slot],
+        size_bytes: int | None = None,
     ) -> list[SlotHeader | None]:
         with self._call("read") as fault:
             headers = []
             for slot, name, row in zip(slots, names, row_slots, strict=True):
                 header, payload = self.slots.get(slot, (None, b""))
-                rows[row, : len(payload)] = np.frombuffer(payload, np.uint8)
+                rows[row, : len(payload[:size_bytes])] = np.frombuffer(payload[:size_bytes], np.uint8)
                 headers.append(header if header is not None and header.name == name else None)
             if fault == "flip":
                 rows[row_slots[0], 7] ^= 16
             return headers
+
+    def read_on(self, slots: Sequence[Slot], rows: Rows, row_slots: Sequence[Slot], part: range) -> None:
+        with self._call("read on") as fault:
+            for slot, row in zip(slots, row_slots, strict=True):
+                rows[row, part.start : part.stop] = np.frombuffer(self.slots[slot][1][part.start : part.stop], np.uint8)
+            if fault == "flip":
+                rows[row_slots[0], part.start + 7] ^= 16
 
     def write(
         self, slots: Sequence[Slot], headers: Sequence[SlotHeader], rows: Rows, row_slots: Sequence[Slot]
@@ -171,7 +183,7 @@ def rig_of(
         ddr,
         file,
         codec,
-        lambda blocks: block_digests(memory, LAYOUT, blocks),
+        lambda blocks, layers: block_digests(memory, LAYOUT, blocks, layers),
         LAYOUT,
         bytes_max,
         lambda: wakes.append(1),

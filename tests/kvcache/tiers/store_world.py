@@ -29,7 +29,7 @@ class OldestFirst:
     def __init__(self) -> None:
         self.counts: dict[BlockHash, int] = {}
 
-    def seen(self, names: Sequence[BlockHash], first: int, now_s: float) -> Counts:  # noqa: ARG002
+    def seen(self, names: Sequence[BlockHash], depths: Counts, now_s: float) -> Counts:  # noqa: ARG002
         before = [self.counts.get(name, 0) for name in names]
         self.counts.update((name, count + 1) for name, count in zip(names, before, strict=True))
         return np.array(before, np.int32)

@@ -99,6 +99,41 @@ def ended_layers(rig: Rig, job: RestoreJob) -> int:
     return job.layers
 
 
+IN_GROUPS = IoSizes(3 * BLOCK_BYTES, BLOCK_BYTES, 3 * BLOCK_BYTES, read_bytes=BLOCK_BYTES // LAYOUT.layers)
+
+
+def test_large_rows_come_from_the_disk_by_groups_of_layers() -> None:
+    with rig_of(sizes=IN_GROUPS) as rig:
+        rig.fill(list(range(6)))
+        gate = Gate(rig, first_layer=2)
+        job = rig.io.restore([rig.part("ssd", index, 40 + index) for index in range(6)])
+        assert job.wait_layer(1, WAIT_S) and gate.reached.wait(WAIT_S)
+        assert job.layers == 2 and job.result is None
+        gate.open.set()
+        assert ended(job).good == 6 and rig.file.calls == ["read"] * 2 + ["read on"] * 6
+        assert_holds(rig, range(6), range(40, 46))
+
+
+def test_a_slot_of_another_block_is_not_read_on() -> None:
+    with rig_of(sizes=IN_GROUPS) as rig:
+        rig.fill(list(range(6)))
+        header, payload = rig.file.slots[Slot(2)]
+        rig.file.slots[Slot(2)] = (replace(header, name=rig.names[20]), payload)
+        job = rig.io.restore([rig.part("ssd", index, 40 + index) for index in range(6)])
+        assert ended(job).good == 2 and job.corrupt == {2} and job.layers == 0
+        assert len(rig.file.calls) <= 2 + 3, "what comes after it is not read, but it may have been asked for before"
+        assert_holds(rig, range(2), (40, 41))
+
+
+@pytest.mark.parametrize("flipped", range(4))
+def test_a_flipped_bit_in_any_group_is_seen(flipped: int) -> None:
+    with rig_of(sizes=IN_GROUPS, faults=in_turn(*[""] * flipped, "flip")) as rig:
+        rig.fill(list(range(3)))
+        job = rig.io.restore([rig.part("ssd", index, 40 + index) for index in range(3)])
+        assert ended(job).good == 0 and job.corrupt == {0} and "digest" in job.result.reason  # type: ignore[union-attr]
+        assert len(rig.file.calls) == LAYOUT.layers
+
+
 def test_cancel_does_not_wait_for_a_disk_that_hangs() -> None:
     with rig_of(faults=lambda: "hang") as rig:
         rig.fill(list(range(8)))
@@ -244,16 +279,25 @@ def test_left_s_goes_by_its_own_speed_or_what_is_known_of_the_tier() -> None:
 
 @pytest.mark.parametrize(("verify", "checked"), [("always", 32), ("sampled", 2), ("never", 0)])
 def test_left_s_counts_the_verification_that_is_due(verify: VerifyDdr, checked: int) -> None:
-    with rig_of(verify_ddr=verify, clock=lambda: 0.0) as rig:
-        gate = Gate(rig, first_layer=0)
+    sizes = IoSizes(32 * BLOCK_BYTES, 32 * BLOCK_BYTES, BLOCK_BYTES)
+    with rig_of(verify_ddr=verify, sizes=sizes, clock=lambda: 0.0) as rig:
+        rig.fill(list(range(32)))
+        reached, opened = threading.Event(), threading.Event()
+        digests = rig.io._copies._digests
+
+        def wait(blocks: Sequence[BlockId], layers: range) -> Sequence[int]:
+            reached.set()
+            assert opened.wait(WAIT_S)
+            return digests(blocks, layers)
+
+        rig.io._copies._digests = wait
         job = rig.io.restore([rig.part("ddr", index, 32 + index) for index in range(32)])
-        assert gate.reached.wait(WAIT_S)
-        copying_s = 32 * BLOCK_BYTES / rig.io.speeds.bytes_per_s("ddr")
-        assert job.left_s == pytest.approx(copying_s + rig.io.speeds.digest_s(checked * BLOCK_BYTES))
-        job_thread = threading.Thread(target=job.cancel)
-        job_thread.start()
-        gate.open.set()
-        job_thread.join(WAIT_S)
+        if checked:
+            assert reached.wait(WAIT_S) and job.wait_layer(LAYOUT.layers - 1, 0), "landed, not verified"
+            assert job.result is None
+            assert job.left_s == pytest.approx(rig.io.speeds.digest_s(checked * BLOCK_BYTES))
+        opened.set()
+        assert ended(job).good == 32 and job.left_s == 0
 
 
 def test_restores_go_before_copies_down() -> None:

@@ -277,8 +277,11 @@ def test_blocks_of_an_earlier_process_are_found_while_the_scan_runs() -> None:
 def test_clear_takes_everything_off_the_disk_even_what_was_dropped() -> None:
     world = World(blocks=8, ddr_slots=8, ssd_slots=12)
     fill(world, range(1, 30))
+    world.pool.forget(world.pool.published())
+    dropped = world.store.dropped_blocks
     blocks, size_bytes = world.store.clear(None)
     assert blocks > 0 and size_bytes >= blocks * ROW_BYTES
+    assert world.store.dropped_blocks == dropped, "nothing was dropped for want of room"
     world.settle()
     assert world.io.ssd == {}
     assert not any(world.store.locate(chain(number, 0)) for number in range(1, 30))
