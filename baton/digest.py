@@ -19,6 +19,7 @@ is compared with its own digest.
 It guards against errors, not against a forger: who may write at all is the transports' to say.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, reduce
 
@@ -35,6 +36,17 @@ _SEED = 0x6B76_6261_746F_6E31
 
 Rows = slice | NDArray[np.intp]
 """Which of a region's blocks, as numpy takes it: adjacent ones are a view, others are copied together."""
+
+
+class _Scratch(threading.local):
+    """Each thread's own: with fresh memory for each batch, the kernel's work at its pages is more than the digest's."""
+
+    def __init__(self) -> None:
+        self.words = np.empty(BATCH_BYTES // WORD_BYTES, np.int64)
+        self.slices = np.empty(BATCH_BYTES, np.uint8)
+
+
+_scratch = _Scratch()
 
 
 @lru_cache(maxsize=16)
@@ -65,12 +77,18 @@ def slice_words(slice_bytes: int) -> int:
 
 
 def slice_digests(slices: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Of each row of bytes, contiguous: one slice each."""
+    """Of each row of bytes, contiguous: one slice each. All together should fit in the processor's cache."""
     if slices.shape[1] % WORD_BYTES:
         slices = np.pad(slices, ((0, 0), (0, -slices.shape[1] % WORD_BYTES)))
     words = slices.view("<i8")
     low, high = word_weights(words.shape[1])
-    return _dot(words, low) + _dot(words >> 32, high)
+    return _dot(words, low) + _dot(_upper_halves(words), high)
+
+
+def _upper_halves(words: NDArray[np.int64]) -> NDArray[np.int64]:
+    if words.nbytes > BATCH_BYTES:
+        return words >> 32
+    return np.right_shift(words, 32, out=_scratch.words[: words.size].reshape(words.shape))
 
 
 def _dot(words: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -93,7 +111,16 @@ def block_digests(
 
 def _digests(region: NDArray[np.uint8], rows: Rows, some: range | None) -> list[int]:
     """`region` is [layer][k|v][block][bytes of a slice]."""
-    return digests_of(region.shape[0], lambda layer, kv: region[layer, kv, rows], some)
+    return digests_of(region.shape[0], lambda layer, kv: _picked(region[layer, kv], rows), some)
+
+
+def _picked(slices: NDArray[np.uint8], rows: Rows) -> NDArray[np.uint8]:
+    """To be used before the thread picks others."""
+    size = slices.shape[1]
+    if isinstance(rows, slice) or len(rows) * size > BATCH_BYTES:
+        return slices[rows]
+    picked = _scratch.slices[: len(rows) * size].reshape(-1, size)
+    return np.take(slices, rows, axis=0, out=picked, mode="clip")  # any other mode takes a detour
 
 
 def digests_of(layers: int, slices: Callable[[int, int], NDArray[np.uint8]], some: range | None = None) -> list[int]:

@@ -55,6 +55,7 @@ class TierMetrics(Collector):
         )
         below = [state for state in states if state.tier != "hbm"]
         yield _counter("stored_bytes", "KV that came down into a tier", below, lambda state: state.stored_bytes)
+        yield _counter("store_seconds", "Time that moving it down took by itself", below, lambda state: state.stored_s)
         yield _gauge("arriving_bytes", "KV on its way down into it", below, lambda state: state.arriving_bytes)
         for name, help_text, value in (
             ("baton_kv_dropped_blocks", "KV blocks that left HBM for no lower tier", report.dropped_blocks),

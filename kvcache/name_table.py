@@ -57,8 +57,7 @@ class NameTable:
         """The rows of many names, NO_ROW for those that are not there."""
         words = np.frombuffer(b"".join(names), "<u8").reshape(-1, 2)
         low, high = words[:, 0], words[:, 1]
-        places = (((low ^ high) * np.uint64(_MIX)) >> np.uint64(32)) * np.uint64(self._places) >> np.uint64(32)
-        places = places.astype(np.int64)
+        places = self._homes(low, high)
         found: Rows = self._table[places].astype(np.int64)
         wrong = self._mismatches(found, low, high)
         for _ in range(VECTOR_ROUNDS - 1):
@@ -90,12 +89,33 @@ class NameTable:
         self._low[row], self._high[row], self._next_free = self._next_free, 0, row
         self._count -= 1
 
+    def keep(self, are_kept: NDArray[np.bool_]) -> None:
+        """Removes all rows but these, of the first `rows_used` + 1, row 0 not being one. O(rows), without a step of
+        Python for each."""
+        rows, others = np.flatnonzero(are_kept), np.flatnonzero(~are_kept)[1:]
+        homes = self._homes(self.low[rows], self.high[rows])
+        order = np.argsort(homes, kind="stable")
+        rows, homes, steps = rows[order], homes[order], np.arange(len(rows))
+        places = steps + np.maximum.accumulate(homes - steps)  # each behind the one before, or at its home
+        fits = places < self._places
+        self._table[:] = NO_ROW
+        self._table[places[fits]] = rows[fits]
+        for row in rows[~fits].tolist():  # past the end: from the beginning
+            low, high = self._low[row], self._high[row]
+            self._row_at[self._probe(self._home(low, high), low, high)[0]] = row
+        self.low[others], self.high[others] = np.append(others[1:], NO_ROW)[: len(others)], 0
+        self._next_free = int(others[0]) if len(others) else NO_ROW
+        self._count = len(rows)
+
     def name(self, row: int) -> BlockHash:
         return BlockHash(self._low[row].to_bytes(8, "little") + self._high[row].to_bytes(8, "little"))
 
     def names(self, rows: Rows) -> list[BlockHash]:
-        data = np.stack((self.low[rows], self.high[rows]), axis=1).astype("<u8").tobytes()
-        return [BlockHash(data[start : start + HASH_BYTES]) for start in range(0, len(data), HASH_BYTES)]
+        return names_of(self.words(rows))
+
+    def words(self, rows: Rows) -> NDArray[np.uint64]:
+        """The names of many rows, to be read by `names_of`, also when they are gone."""
+        return np.stack((self.low[rows], self.high[rows]), axis=1)
 
     @property
     def size_bytes(self) -> int:
@@ -103,6 +123,10 @@ class NameTable:
         return self._table.nbytes + (self.low.itemsize + self.high.itemsize) * (self.rows_used + 1)
 
     # ---- inside
+
+    def _homes(self, low: NDArray[np.uint64], high: NDArray[np.uint64]) -> Rows:
+        mixed = ((low ^ high) * np.uint64(_MIX)) >> np.uint64(32)
+        return (mixed * np.uint64(self._places) >> np.uint64(32)).astype(np.int64)
 
     def _home(self, low: int, high: int) -> int:
         mixed = ((low ^ high) * _MIX & _MASK) >> 32
@@ -149,6 +173,11 @@ class NameTable:
         assert len(rows) == len(set(rows)) == self._count
         for row in rows:
             assert self.find(self.name(row)) == row
+
+
+def names_of(words: NDArray[np.uint64]) -> list[BlockHash]:
+    data = words.astype("<u8").tobytes()
+    return [BlockHash(data[start : start + HASH_BYTES]) for start in range(0, len(data), HASH_BYTES)]
 
 
 def _words(name: BlockHash) -> tuple[int, int]:

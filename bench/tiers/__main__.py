@@ -3,7 +3,8 @@
 Real workers, a process each with one torch thread, asked one request at a time as a router asks. Each turn asks one
 new prompt five times: cold, from HBM (a CPU worker's pool: main memory, too), from DDR, from the SSD, and on a worker
 that fetches it from a peer's DDR. Ratios are of times in one turn. How fast blocks come up by themselves is measured
-without an engine, beside one memcpy of as many bytes and the sequential read of a file on the same disk.
+without an engine, beside one memcpy of as many bytes and the sequential read of a file on the same disk. At last, an
+engine with tiers and one without take turns, for what tiers cost a step.
 """
 
 import json
@@ -25,7 +26,8 @@ from bench.models import Shape, make_model
 from bench.tiers.driver import measure, peer_rate
 from bench.tiers.figures import SOURCES, Measured, Sample
 from bench.tiers.raw import disk_read_gb_per_s, memcpy_gb_per_s
-from bench.tiers.restores import restore_rates
+from bench.tiers.restores import restore_rates, restore_table
+from bench.tiers.steps import step_costs
 from bench.tiers.workers import workers
 from bench.wide import wide_console
 from bench.worker_processes import StartFailed
@@ -60,7 +62,9 @@ def run(
         advance = partial(progress.advance, progress.add_task("prompts", total=turns * len(lengths)))
         with workers(model, scratch, scratch, compression) as running:
             samples: list[Sample] = uvloop.run(measure(running, SHAPE, lengths, turns, seed, advance))
-    return Measured(samples, [*rates, peer_rate(samples, SHAPE)], memcpy, disk_read, is_direct)
+        advance = partial(progress.advance, progress.add_task("steps", total=2))
+        steps = step_costs(model, scratch, turns, seed, advance)
+    return Measured(samples, [*rates, peer_rate(samples, SHAPE)], memcpy, disk_read, is_direct, steps)
 
 
 # ---- tables
@@ -95,6 +99,16 @@ def rate_table(measured: Measured) -> Table:
     return made
 
 
+def step_table(measured: Measured) -> Table:
+    made = Table(title="an engine's steps, ms (medians)", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("work", "tiers", "with tiers", "without", "ratio", "of CPU time"):
+        made.add_column(heading, justify="left" if heading in ("work", "tiers") else "right")
+    for cost in measured.steps:
+        ratios = f"{cost.of_plain:.3f}", f"{cost.cpu_of_plain:.3f}"
+        made.add_row(cost.work, cost.tiers, f"{cost.step_ms:.2f}", f"{cost.plain_step_ms:.2f}", *ratios)
+    return made
+
+
 def parse_lengths(text: str) -> list[int]:
     try:
         lengths = [int(part) for part in text.split(",")]
@@ -122,9 +136,16 @@ def main(
         Path | None, typer.Option(help="Directory on the disk to measure; default: the temporary one")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
+    only_restores: Annotated[
+        bool, typer.Option("--only-restores", help="A table of these alone, by what is verified, also of large blocks")
+    ] = False,
 ) -> None:
     """Measures time to first token by the tier that a prompt's KV lies in, and how fast it comes up."""
     storage, console = parse_compression(compression), Console(stderr=True)
+    if only_restores:
+        with tempfile.TemporaryDirectory(prefix="baton-", dir=disk) as scratch:
+            wide_console().print(restore_table(SHAPE, Path(scratch), RESTORE_BYTES, storage))
+        return
     try:
         measured = run(parse_lengths(lengths), turns, seed, storage, disk, console)
     except (RequestFailed, StartFailed) as error:
@@ -133,7 +154,7 @@ def main(
     if as_json:
         typer.echo(json.dumps(measured.as_json(), indent=2))
     else:
-        for table in (ttft_table(measured), rate_table(measured)):
+        for table in (ttft_table(measured), rate_table(measured), step_table(measured)):
             wide_console().print(table)
     is_wrong = measured.wrong_tokens > 0 and storage == "none"
     if is_wrong:

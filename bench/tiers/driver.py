@@ -14,15 +14,20 @@ from baton.service import CHANNEL_OPTIONS
 from bench.decode_calls import RequestFailed, ServeCall, first_output, serving
 from bench.load import FIRST_TOKEN_ID
 from bench.models import Shape
-from bench.tiers.figures import Rate, Sample, Source
-from bench.tiers.workers import Workers
+from bench.tiers.figures import BLOCK_TOKENS, Rate, Sample, Source
+from bench.tiers.workers import POOL_BLOCKS, Workers
 
-BLOCK_TOKENS = 32
 FILLER_TOKENS = 8192
-FILLERS = 3
-"""Prompts whose only use is to push others out; they soon come from lower tiers themselves, which is quick."""
+FRESH_FILLERS = 2
+"""What is on the SSD already pushes nothing out of DDR there: only what is new does, which has to be computed."""
+FILLER_BLOCKS = FILLER_TOKENS // BLOCK_TOKENS
+LINK_TOKENS = 4096
+"""Of a filler, which the peer fetches to make its link: what it may take is what computing them would."""
 EVICTIONS_MAX = 4
 """Rounds of fillers until a prompt has left the tiers above the one wanted."""
+FOUND_SHARE_MIN = 0.75
+"""Of a prompt's whole blocks, that lay in the tier: the policy may have kept some of them above it."""
+COLD_MAX_S = 60.0
 SETTLED_POLL_S = 0.1
 SETTLED_POLLS_MAX = 100
 TIERS: Mapping[Source, "events_pb2.Tier"] = {"ddr": events_pb2.TIER_DDR, "ssd": events_pb2.TIER_SSD}
@@ -39,7 +44,8 @@ class Driver:
     ) -> None:
         self._workers, self._calls, self._stubs, self._vocabulary = workers, calls, stubs, vocabulary
         self._random, self._numbers = random.Random(seed), count()
-        self._fillers = [self._prompt(FILLER_TOKENS) for _ in range(FILLERS)]
+        self._fillers = [self._prompt(FILLER_TOKENS) for _ in range(max(map(fillers_for, POOL_BLOCKS.values())))]
+        """Prompts whose only use is to push others out; they soon come from lower tiers themselves, which is quick."""
 
     async def turn(self, tokens: int, turn: int) -> list[Sample]:
         """One prompt, from every source; new to all caches at first."""
@@ -58,20 +64,26 @@ class Driver:
         """Computes the fillers, and makes the link to the peer."""
         for worker in ("ddr", "ssd"):
             await self._evict(worker)
-        await self._from_peer(self._fillers[0][:512], "filler-0", 0, 1.0)
+        for number, filler in enumerate(self._fillers):
+            prompt = filler[:LINK_TOKENS]
+            sample = await self._from_peer(prompt, filler_salt(number), 0, COLD_MAX_S)
+            if sample.is_whole:
+                return
+        raise RequestFailed("nothing comes from the peer")
 
     async def _from_tier(self, source: Source, prompt: Sequence[int], salt: str, turn: int, cold_s: float) -> Sample:
+        whole = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         for _ in range(EVICTIONS_MAX):
             await self._evict(source)
             before = await self._hit_tokens(source)
             output, ttft_s = await self._ask(source, prompt, salt)
             found = await self._hit_tokens(source) - before
-            if found >= len(prompt) - 2 * BLOCK_TOKENS:
+            if found >= FOUND_SHARE_MIN * whole:
                 return _sample(source, prompt, turn, output, ttft_s, cold_s)
-        raise RequestFailed(f"{len(prompt)} tokens never lay in {source} alone: {found} did")
+        raise RequestFailed(f"{len(prompt)} tokens never lay in {source}: {found} of {whole} did")
 
     async def _from_peer(self, prompt: Sequence[int], salt: str, turn: int, cold_s: float) -> Sample:
-        """The peer's blocks lie in its DDR."""
+        """Its blocks lie in DDR there. What does not come in time is computed: the sample says how much came."""
         await self._evict("ddr")
         blocks = (len(prompt) - 1) // BLOCK_TOKENS
         plan = common_pb2.FetchPlan(
@@ -82,13 +94,16 @@ class Driver:
             compute_s=cold_s,
         )
         output, ttft_s = await self._ask("peer", prompt, salt, plan)
-        if output.timeline.fetched_tokens < blocks * BLOCK_TOKENS:
-            raise RequestFailed(f"only {output.timeline.fetched_tokens} of {len(prompt)} tokens came from the peer")
         return _sample("peer", prompt, turn, output, ttft_s, cold_s)
 
     async def _evict(self, worker: str) -> None:
-        for number, filler in enumerate(self._fillers):
-            await self._ask(worker, filler, f"filler-{number}")
+        if worker == "ssd":
+            fillers = [(self._prompt(FILLER_TOKENS), f"fresh-{next(self._numbers)}") for _ in range(FRESH_FILLERS)]
+        else:
+            known = self._fillers[: fillers_for(POOL_BLOCKS[worker])]
+            fillers = [(filler, filler_salt(number)) for number, filler in enumerate(known)]
+        for filler, salt in fillers:
+            await self._ask(worker, filler, salt)
         await self._settled(worker)
 
     async def _settled(self, worker: str) -> None:
@@ -128,6 +143,15 @@ class Driver:
         return self._random.choices(range(FIRST_TOKEN_ID, self._vocabulary), k=tokens)
 
 
+def fillers_for(pool_blocks: int) -> int:
+    """So many push everything else out of a pool, with one to spare."""
+    return -(-pool_blocks // FILLER_BLOCKS) + 1
+
+
+def filler_salt(number: int) -> str:
+    return f"filler-{number}"
+
+
 def _sample(
     source: Source, prompt: Sequence[int], turn: int, output: worker_pb2.TokenOutput, ttft_s: float, cold_s: float
 ) -> Sample:
@@ -158,10 +182,12 @@ async def measure(
 
 
 def peer_rate(samples: Sequence[Sample], shape: Shape) -> Rate:
-    """Of the longest prompts: bytes that came over the seconds that the request waited for them."""
+    """Of the longest prompts that came whole: bytes over the seconds that the request waited for them. Raises
+    RequestFailed where none did."""
     head_dim = shape.hidden // shape.heads
     token_bytes = 2 * shape.layers * shape.kv_heads * head_dim * DTYPE_BYTES[shape.dtype]
-    longest = max(sample.tokens for sample in samples)
-    own = [sample for sample in samples if sample.source == "peer" and sample.tokens == longest]
-    best = min(own, key=lambda sample: sample.moved_s)
+    own = [sample for sample in samples if sample.source == "peer" and sample.is_whole]
+    if not own:
+        raise RequestFailed("no prompt came from the peer as a whole before it could have been computed")
+    best = min(own, key=lambda sample: (-sample.tokens, sample.moved_s))
     return Rate("peer", best.reused_tokens * token_bytes / best.moved_s / 1e9)

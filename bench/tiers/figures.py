@@ -1,11 +1,16 @@
 """What was measured, by where a prompt's KV came from. Pure."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
 Source = Literal["cold", "hbm", "ddr", "ssd", "peer"]
+Work = Literal["prefill", "decode"]
+TiersDo = Literal["idle", "offload"]
+"""idle: the pool has room for everything. offload: each prompt evicts as much as it takes, which goes down to DDR, and
+from there on to the SSD."""
+BLOCK_TOKENS = 32
 SOURCES: tuple[Source, ...] = ("cold", "hbm", "ddr", "ssd", "peer")
 
 
@@ -23,6 +28,11 @@ class Sample:
     reused_tokens: int
     moved_s: float = 0.0
     """How long the request waited for what was restored or fetched."""
+
+    @property
+    def is_whole(self) -> bool:
+        """All of the prompt that can be was found, restored or fetched: whole blocks, and not its last token."""
+        return self.reused_tokens >= (self.tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 VERIFIED_BY_DEFAULT = "always"
@@ -42,6 +52,22 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
+class StepCost:
+    """Of an engine's steps with tiers below its pool."""
+
+    work: Work
+    tiers: TiersDo
+    step_ms: float
+    """The median."""
+    plain_step_ms: float
+    """Of an engine without tiers."""
+    of_plain: float
+    """The median of each step's time over that of the same step without tiers."""
+    cpu_of_plain: float
+    """The same of the CPU time of the engine's thread, which a busy machine hardly changes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     samples: Sequence[Sample]
     rates: Sequence[Rate]
@@ -49,6 +75,7 @@ class Measured:
     disk_read_gb_per_s: float
     is_direct: bool
     """Whether the disk is read past the page cache."""
+    steps: Sequence[StepCost] = ()
 
     @property
     def wrong_tokens(self) -> int:
@@ -96,6 +123,7 @@ class Measured:
             ],
             "restore": [{"source": rate.source, "gb_per_s": rate.gb_per_s} for rate in self.rates if rate.is_default],
             "restore_ddr_verified": {rate.verified: rate.gb_per_s for rate in self.rates if rate.source == "ddr"},
+            "steps": [asdict(cost) for cost in self.steps],
             "wrong_first_tokens": self.wrong_tokens,
         }
 

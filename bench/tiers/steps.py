@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from baton.ids import RequestId
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
 from bench.load import FIRST_TOKEN_ID
+from bench.tiers.figures import StepCost, TiersDo, Work
 from bench.worker_processes import StartFailed
 from engine.interface import Engine, EngineRequest, Prefill
 from engine.opening import load_engine
 
-Work = Literal["prefill", "decode"]
-TiersDo = Literal["idle", "offload"]
 WORKS: tuple[Work, ...] = ("prefill", "decode")
 CHUNK_TOKENS = 512
 PREFILL_TOKENS = 4096
@@ -39,26 +38,21 @@ IDLE_WAIT_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class TurnTimes:
-    """Seconds of one turn's steps, in their order."""
-
-    prefill: Sequence[float]
-    decode: Sequence[float]
-
-    def of(self, work: Work) -> Sequence[float]:
-        return self.prefill if work == "prefill" else self.decode
+class StepTime:
+    wall_s: float
+    cpu_s: float
+    """Of the engine's thread alone: other processes, and the I/O threads, hardly change it."""
 
 
 @dataclass(frozen=True, slots=True)
-class StepCost:
-    work: Work
-    tiers: TiersDo
-    """idle: the pool has room for everything. offload: each prompt evicts as much as it takes, which goes down to DDR,
-    and from there on to the SSD."""
-    step_ms: float
-    plain_step_ms: float
-    of_plain: float
-    """The median of each step's time over that of the same step without tiers."""
+class TurnTimes:
+    """One turn's steps, in their order."""
+
+    prefill: Sequence[StepTime]
+    decode: Sequence[StepTime]
+
+    def of(self, work: Work) -> Sequence[StepTime]:
+        return self.prefill if work == "prefill" else self.decode
 
 
 def step_costs(model: Path, disk: Path, turns: int, seed: int, advance: Callable[[], None]) -> list[StepCost]:
@@ -90,8 +84,14 @@ def _take_turns(plain: Connection, tiered: Connection, turns: int, seed: int) ->
 
 def _cost(work: Work, tiers: TiersDo, pairs: Sequence[tuple[TurnTimes, TurnTimes]]) -> StepCost:
     both = [pair for plain, tiered in pairs for pair in zip(plain.of(work), tiered.of(work), strict=True)]
-    of_plain = median(with_tiers / without for without, with_tiers in both)
-    return StepCost(work, tiers, 1000 * median(t for _, t in both), 1000 * median(p for p, _ in both), of_plain)
+    return StepCost(
+        work,
+        tiers,
+        step_ms=1000 * median(tiered.wall_s for _, tiered in both),
+        plain_step_ms=1000 * median(plain.wall_s for plain, _ in both),
+        of_plain=median(tiered.wall_s / plain.wall_s for plain, tiered in both),
+        cpu_of_plain=median(tiered.cpu_s / plain.cpu_s for plain, tiered in both),
+    )
 
 
 # ---- the parent's end
@@ -158,19 +158,19 @@ def _turn(engine: Engine, chance: random.Random, vocabulary: int) -> TurnTimes:
     return TurnTimes(prefill, decode[:DECODE_STEPS])
 
 
-def _step_until_idle(engine: Engine, counts: Callable[[int, int], bool]) -> list[float]:
-    """Seconds of the steps whose prompt tokens and decoding sequences count."""
-    seconds: list[float] = []
+def _step_until_idle(engine: Engine, counts: Callable[[int, int], bool]) -> list[StepTime]:
+    """Of the steps whose prompt tokens and decoding sequences count."""
+    times: list[StepTime] = []
     until_s = time.perf_counter() + IDLE_WAIT_S
     while engine.has_work or time.perf_counter() < until_s:
         if not engine.has_work:
             time.sleep(0.001)
             continue
-        began_s = time.perf_counter()
+        began_s, cpu_began_s = time.perf_counter(), time.thread_time()
         timing = engine.step().timing
-        ended_s = time.perf_counter()
+        ended_s, cpu_s = time.perf_counter(), time.thread_time() - cpu_began_s
         if timing is not None:
             until_s = ended_s + IDLE_WAIT_S
             if counts(timing.work.new_tokens, timing.work.sequences):
-                seconds.append(ended_s - began_s)
-    return seconds
+                times.append(StepTime(ended_s - began_s, cpu_s))
+    return times

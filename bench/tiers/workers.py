@@ -7,11 +7,12 @@ from pathlib import Path
 
 from bench.worker_processes import ready_address, redis, secret_file, start_worker
 
-POOL_BLOCKS = 300
-"""Of 32 tokens: a prompt of 8,192 and little more, so that two others push it out."""
+POOL_BLOCKS: Mapping[str, int] = {"ddr": 1060, "ssd": 300, "peer": 1060}
+"""Of 32 tokens. 300: a prompt of 8,192 and little more, so that two others push it out. Where prompts are fetched, four
+and little more: no more than a quarter of a pool is filled by fetches, or for them, at one time."""
 DDR_BYTES = 2**30
-SMALL_DDR_BYTES = 80 * 2**20
-"""Of the worker whose blocks soon go on to the SSD: little more than one prompt of 8,192 tokens."""
+SMALL_DDR_BYTES = 48 * 2**20
+"""Of the worker whose blocks soon go on to the SSD: three in four of a prompt of 8,192 tokens."""
 SSD_BYTES = 2**30
 
 
@@ -30,7 +31,6 @@ def workers(model: Path, directory: Path, disk: Path, compression: str) -> Itera
             f"--redis-url={stack.enter_context(redis(directory))}",
             f"--model={model}",
             f"--cluster-secret-file={secret_file(directory)}",
-            f"--kv-blocks={POOL_BLOCKS}",
             f"--kv-compression={compression}",
             "--served-model-name=bench",
             "--threads=1",
@@ -43,5 +43,7 @@ def workers(model: Path, directory: Path, disk: Path, compression: str) -> Itera
         }
         addresses = {}
         for name, own in tiers.items():  # one after the other: each measures its own speed at the start
-            addresses[name] = ready_address(start_worker(stack, "decode-worker", [*flags, *own]))
+            addresses[name] = ready_address(
+                start_worker(stack, "decode-worker", [*flags, f"--kv-blocks={POOL_BLOCKS[name]}", *own])
+            )
         yield Workers(addresses)

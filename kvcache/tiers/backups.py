@@ -15,6 +15,8 @@ from kvcache.tiers.demotions import ROOM_DIVISOR, Demotions
 from kvcache.tiers.index import Mark
 from kvcache.tiers.shelves import Shelves
 
+LITTLE_DIVISOR: Final = 64
+"""With fewer free slots than one in so many it does not look for anything: demotions need them."""
 BATCH: Final = 64
 BYTES_DIVISOR: Final = 4
 """A batch takes no more than one byte in so many of those that may be in flight."""
@@ -38,7 +40,8 @@ class Backups:
     @property
     def is_looking(self) -> bool:
         """There are rows that it has not looked at since something came down."""
-        return self._is_on and self._left > 0 and self._shelves.slots["ssd"].free > 0
+        slots = self._shelves.slots["ssd"]
+        return self._is_on and self._left > 0 and slots.free > slots.total // LITTLE_DIVISOR
 
     def look_again(self) -> None:
         """Blocks were used."""
@@ -79,7 +82,8 @@ class Backups:
         are_wanted &= (index.marks[rows] & np.uint8(Mark.MOVING)) == 0
         if not self._demotions.has_room_below:
             are_wanted &= index.uses[rows] > 0
-        return rows[are_wanted]
+        wanted: Rows = rows[are_wanted]
+        return wanted
 
     def _whole(self, rows: Rows, count: int) -> list[int]:
         """The first of them, by depth, that are heads or whose predecessor is on the SSD, or goes before them."""

@@ -22,6 +22,7 @@ CHAIN: Final = 8
 """Blocks of one prompt that go down together, into adjacent slots: one system call brings them back."""
 DROP_TURNS_MAX: Final = 4
 """Samples that one `flush` may draw."""
+ERASED_MAX: Final = 4096
 ROOM_DIVISOR: Final = 8
 SHED_OF_SAMPLE: Final = 32
 SHED_TURNS_MAX: Final = 32
@@ -56,6 +57,8 @@ class Demotions:
         self._high = self._low + max(1, self._low // 2)
         self.under_way: list[Demotion] = []
         self._erasing: list[tuple[Job[None], list[Slot]]] = []
+        self._floor = -inf
+        """What the weakest block of the SSD is worth, as far as is known in this turn: nothing worth less is sent."""
         self.arrived = 0
         """Blocks that have been sent into DDR since room was made last."""
         self.spared: set[int] = set()
@@ -118,10 +121,12 @@ class Demotions:
             self._shelves.slots["ssd"].give_back(ssd_slot, erase=True)
 
     def erase(self) -> None:
-        """Begins with what is to be erased, once it has been scanned."""
+        """Begins with what is to be erased, once it has been scanned: so many at one time that freeing them takes
+        milliseconds."""
         slots = self._shelves.slots["ssd"]
-        if slots.to_erase and self._shelves.has_ssd and self.is_scanned:
-            some, slots.to_erase = slots.to_erase, []
+        if slots.to_erase and not self._erasing and self._shelves.has_ssd and self.is_scanned:
+            some = slots.to_erase[-ERASED_MAX:]
+            del slots.to_erase[-ERASED_MAX:]
             self._erasing.append((self._io.erase(some), some))
 
     # ---- making room in DDR
@@ -130,7 +135,7 @@ class Demotions:
         """Sends the least valuable leaves down when DDR runs full, with what they alone hang on: a few, or twice as
         many as have come meanwhile. Where the SSD is nearly full, nothing has a place in both while other blocks are
         dropped."""
-        count, self.arrived = max(BATCH, 2 * self.arrived), 0
+        count, self.arrived, self._floor = max(BATCH, 2 * self.arrived), 0, -inf
         on_their_way = sum(len(demotion.rows) for demotion in self.under_way if not demotion.keeps_ddr)
         free = self._shelves.slots["ddr"].free + on_their_way
         if free >= self._low:
@@ -207,11 +212,11 @@ class Demotions:
         return len(rows)
 
     def _ssd_slots(self, count: int, value: float, now_s: float) -> list[Slot]:
-        """Free ones, or those of blocks that are worth less than `value`; of these a batch at one time, for what goes
-        down next is worth no less."""
+        """Free ones, or those of blocks that are worth less than `value`; of these a batch or two at one time, for what
+        goes down next is worth no less."""
         free = self._shelves.slots["ssd"].free
-        if free < count:
-            self._drop("ssd", [value] * (max(count, BATCH) - free), now_s)
+        if free < count and value > self._floor:
+            self._floor = self._drop("ssd", [value] * (max(count, 2 * BATCH) - free), now_s)
         return self._shelves.slots["ssd"].take(count)
 
     def back_up(self, rows: list[int]) -> None:
@@ -261,21 +266,25 @@ class Demotions:
             if slots.free in (free, len(values)):
                 break
 
-    def _drop(self, tier: LowerTier, values: Sequence[float], now_s: float) -> None:
-        """The weakest leaves, a block for each newcomer that is worth more."""
+    def _drop(self, tier: LowerTier, values: Sequence[float], now_s: float) -> float:
+        """The weakest leaves, a block for each newcomer that is worth more. What the weakest of those that stay is
+        worth, if it is one newcomer too many for them; else -inf."""
         if not values:
-            return
+            return -inf
         wanted = iter(values)
         newcomer = next(wanted, None)
         leaves = self._shelves.index.leaves[tier]
         for row, value in self._worth.weakest(tier, now_s, len(values)):
-            if newcomer is None or value >= newcomer:
-                return
+            if newcomer is None:
+                break
+            if value >= newcomer:
+                return value
             for each in self._shelves.index.chain(row, tier, CHAIN) if row in leaves else ():
                 if newcomer is None or value >= newcomer or not self._may_go(each, tier):
                     break
                 self._shelves.let_drop(each, tier)
                 newcomer = next(wanted, None)
+        return -inf
 
     def _may_go(self, row: int, tier: LowerTier) -> bool:
         """At once."""

@@ -79,7 +79,8 @@ class FoundSlots:
         self._cleared.add(tenant)
 
     def end(self) -> None:
-        """All have been taken in: the other slots are free."""
+        """All have been taken in: the other slots are free, and it shows which blocks have lost their heads."""
         places = self._shelves.index.places["ssd"][: self._shelves.index.table.rows_used + 1]
         taken = [Slot(place - 1) for place in places[np.flatnonzero(places)].tolist()]
         self._shelves.slots["ssd"].free_others(taken)
+        self._shelves.index.age_orphans()

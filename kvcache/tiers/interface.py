@@ -126,6 +126,8 @@ class TierState:
     """Not empty: turned off, and why."""
     stored_bytes: int = 0
     """That came down into it since the start."""
+    stored_s: float = 0.0
+    """That copying or writing it took."""
     arriving_bytes: int = 0
     """That are on their way down into it."""
 

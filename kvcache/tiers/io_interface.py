@@ -18,8 +18,8 @@ class IoSizes:
     """How work is cut for the I/O threads."""
 
     piece_bytes: int = 4 * 2**20
-    """Copied and verified, or written, in one turn of a thread, about a millisecond: so long a restore waits behind what is
-    less urgent."""
+    """Copied and verified, or written, in one turn of a thread, about a millisecond: so long a restore waits behind
+    what is less urgent."""
     group_bytes: int = 2**20
     """A group of layers is this much at least, over all blocks: less is not worth a turn."""
     staging_bytes: int = 8 * 2**20

@@ -1,16 +1,16 @@
 """HBM to DDR: in the background what will be evicted soon, or all of it while there is room below; at once what is
 evicted before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 import numpy as np
 
-from baton.ids import BlockId
+from baton.ids import BlockHash, BlockId
 from kvcache.name_table import NO_ROW
-from kvcache.tiers.demotions import Demotions
+from kvcache.tiers.demotions import ROOM_DIVISOR, Demotions
 from kvcache.tiers.index import Mark
 from kvcache.tiers.interface import PoolView, Slot
 from kvcache.tiers.shelves import Shelves
@@ -31,6 +31,8 @@ class Offload:
 
     job: Job[Sequence[int | None]]
     rows: tuple[int, ...]
+    names: tuple[BlockHash, ...]
+    """What was cleared meanwhile may have lost its row to another."""
     blocks: tuple[BlockId, ...]
     slots: tuple[Slot, ...]
 
@@ -52,8 +54,8 @@ class Offloads:
         self._bytes_max = bytes_max
         self._now_max = max(1, bytes_max // shelves.row_bytes)
         self.under_way: list[Offload] = []
-        self._void: set[int] = set()
-        """Rows on their way down that nobody wants there any more."""
+        self._void: set[BlockHash] = set()
+        """Blocks on their way down that nobody wants there any more."""
         self.is_due = False
         """The order in which HBM evicts has changed, or what has been copied."""
 
@@ -68,23 +70,30 @@ class Offloads:
         self.is_due = True
         for offload in ended:
             digests = [None] * len(offload.rows) if offload.job.error else offload.job.result
-            for row, slot, digest in zip(offload.rows, offload.slots, digests, strict=True):
-                self._land(row, slot, digest)
+            for name, slot, digest in zip(offload.names, offload.slots, digests, strict=True):
+                self._arrive(name, slot, digest)
             if pool is not None:
                 pool.release(offload.blocks, is_used=False)
+
+    def _arrive(self, name: BlockHash, slot: Slot, digest: int | None) -> None:
+        row = self._shelves.index.find(name)
+        if row == NO_ROW:
+            self._shelves.slots["ddr"].give_back(slot)
+        else:
+            self._land(row, slot, None if name in self._void else digest)
+        self._void.discard(name)
 
     def _land(self, row: int, slot: Slot, digest: int | None) -> None:
         """None: it cannot be stored. The SSD's scan may have found it meanwhile: what lies there was found first."""
         index = self._shelves.index
         index.mark(row, Mark.MOVING, False)
         is_other = index.lies_below(row) and not index.is_marked(row, Mark.FROM_BELOW)
-        if digest is None or row in self._void or is_other:
+        if digest is None or is_other:
             self._shelves.slots["ddr"].give_back(slot)
         else:
             index.note_digest(row, digest)
             self._shelves.put_down(row, "ddr", slot)
             index.mark(row, Mark.GOING, True)
-        self._void.discard(row)
 
     def begin(self, pool: PoolView, block_bytes: int, now_s: float) -> None:
         """Copies what is in no lower tier, as much as may be on its way: what will be evicted soon, and then, while
@@ -109,11 +118,13 @@ class Offloads:
         return [(row, BlockId(index.place(row, "hbm"))) for row in islice(index.unsaved, count)]
 
     def _room_below(self, count: int, now_s: float) -> int:
-        """Slots of DDR that are free, or can be as what they hold is on the SSD too, beside those that room would be
-        made for."""
+        """Slots of DDR that are free, beside those that are kept so; or can be, as what they hold is on the SSD too.
+        Where all tiers are full, what HBM does not evict soon would only push out what is in no other tier."""
+        slots = self._shelves.slots["ddr"]
         if self._demotions.has_room_below:
             self._demotions.shed(self._demotions.free_wanted + count, now_s)
-        return max(0, self._shelves.slots["ddr"].free - self._demotions.free_wanted)
+            return max(0, slots.free - self._demotions.free_wanted)
+        return max(0, slots.free - max(self._demotions.free_wanted, slots.total // ROOM_DIVISOR))
 
     def _is_wanted(self, row: int) -> bool:
         """What came up from the SSD is worth a place in DDR the second time, while there is room."""
@@ -135,16 +146,18 @@ class Offloads:
             index.mark(row, Mark.MOVING, True)
             index.unsaved.pop(row, None)
         job = self._io.offload(blocks, slots, self._known(rows))
-        self.under_way.append(Offload(job, rows, blocks, tuple(slots)))
+        names = tuple(index.table.names(np.asarray(rows, np.int64)))
+        self.under_way.append(Offload(job, rows, names, blocks, tuple(slots)))
         return len(rows)
 
     def _known(self, rows: Sequence[int]) -> list[int | None]:
         return [self._shelves.index.digest_of(row) for row in rows]
 
-    def void(self, rows: Sequence[int]) -> None:
+    def void(self, rows: Iterable[int]) -> None:
         """Those of these rows that are on their way down end there."""
-        on_their_way = {row for offload in self.under_way for row in offload.rows}
-        self._void |= on_their_way.intersection(rows)
+        unwanted = set(rows)
+        for offload in self.under_way:
+            self._void.update(name for row, name in zip(offload.rows, offload.names, strict=True) if row in unwanted)
 
     # ---- at once
 

@@ -40,10 +40,18 @@ class RowSet:
             self._member_at[place - 1], self._place_of[last] = last, place
             self._place_of[row] = 0
 
+    def fill(self, rows: Rows) -> None:
+        """These, and no others."""
+        self._places[self._members[: self._count]] = 0
+        self._count = len(rows)
+        self._members[: self._count] = rows
+        self._places[rows] = np.arange(1, self._count + 1)
+
     def sample(self, count: int, random: np.random.Generator) -> Rows:
         """`count` different ones, evenly spread from a place drawn by chance; all if there are no more."""
         if self._count <= count:
             return self._members[: self._count].astype(np.int64)
         spread: NDArray[np.int64] = np.arange(count) * self._count // count
         chosen = (spread + random.integers(self._count)) % self._count
-        return self._members[chosen].astype(np.int64)
+        sample: Rows = self._members[chosen].astype(np.int64)
+        return sample

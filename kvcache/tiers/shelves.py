@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from baton.ids import BlockHash
 from baton.latency import Tier
-from kvcache.name_table import NO_ROW
+from kvcache.name_table import NO_ROW, Rows, names_of
 from kvcache.tiers.deadlines import Deadlines
 from kvcache.tiers.index import Mark, TierIndex
 from kvcache.tiers.interface import LowerTier, Slot, SlotHeader, StorageFormat, TierState
@@ -16,6 +17,8 @@ from kvcache.tiers.retention import Promises
 from kvcache.tiers.slots import Slots
 
 log = logging.getLogger(__name__)
+CHANGED_MAX: Final = 4096
+"""Names of blocks that went together, in one report: a few milliseconds of the engine's thread and the cluster's."""
 LOWER: Final[tuple[LowerTier, ...]] = ("ddr", "ssd")
 
 
@@ -32,7 +35,8 @@ class Shelves:
         """Monotonic: blocks that peers are about to read."""
         self._changed: dict[int, None] = {}
         self._gone: dict[BlockHash, None] = {}
-        """Rows of which something was put or dropped, and names of those that are gone."""
+        self._gone_words: list[NDArray[np.uint64]] = []
+        """Rows of which something was put or dropped, and names of those that are gone: one by one, or many at once."""
         self.stored_blocks = dict.fromkeys(LOWER, 0)
         """That came down, since the start."""
         self.dropped_blocks = 0
@@ -89,11 +93,33 @@ class Shelves:
             return
         self.ssd_off_reason, self.index.has_ssd = reason, False
         log.warning("The SSD tier is off until this worker starts again: %s", reason)
-        for row in self.index.rows_below(None):
-            if self.index.is_in(row, "ssd"):
-                self.let_drop(row, "ssd")
-        for row in self.promises:
-            self.index.refresh(row)
+        self.dropped_blocks += self._drop_many(self.index.rows_below(None), ["ssd"], erase=False)
+
+    def forget_many(self, rows: Rows) -> int:
+        """Below HBM, and on the disk; how many copies that were."""
+        before = sum(self.index.counts[tier] for tier in LOWER)
+        self._drop_many(rows, LOWER, erase=True)
+        return before - sum(self.index.counts[tier] for tier in LOWER)
+
+    def _drop_many(self, rows: Rows, tiers: Sequence[LowerTier], *, erase: bool) -> int:
+        """How many blocks lie nowhere now."""
+        if not len(rows):
+            return 0
+        places, gone = self.index.drop_below(rows, tiers)
+        if len(gone):
+            self._gone_words.append(self.index.table.words(gone))
+        is_gone = ~self.index.are_present(rows)
+        self._changed.update(dict.fromkeys(rows[~is_gone].tolist()))
+        self.index.remove_gone(gone)
+        for row in [row for row in self._changed if not self.index.is_present(row)]:
+            del self._changed[row]
+        for row in [row for row in self.promises if not self.index.is_present(row)]:
+            self.promises.forget(row)
+        for row in [row for row in self._pins if not self.index.is_present(row)]:
+            self._pins.discard(row)
+        for tier, slots in places.items():
+            self.slots[tier].give_back_all([Slot(slot) for slot in slots], erase and tier == "ssd")
+        return len(gone)
 
     # ---- who wants what kept
 
@@ -128,11 +154,23 @@ class Shelves:
         return rows[: _leading(self.index.are_present(rows).tolist())].tolist()  # type: ignore[no-any-return]
 
     def take_changed(self) -> list[BlockHash]:
+        """Of those that went at once, CHANGED_MAX at one time: `is_more_changed` says whether there are more."""
+        if not (self._changed or self._gone or self._gone_words):
+            return []  # most steps
         rows = np.fromiter(self._changed, np.int64, len(self._changed))
         names = [*self._gone, *self.index.table.names(rows)]
         self._changed.clear()
         self._gone.clear()
+        if self._gone_words:
+            words = self._gone_words.pop()
+            names += names_of(words[:CHANGED_MAX])
+            if len(words) > CHANGED_MAX:
+                self._gone_words.append(words[CHANGED_MAX:])
         return names
+
+    @property
+    def is_more_changed(self) -> bool:
+        return bool(self._gone_words)
 
     def state(self, tier: LowerTier) -> TierState:
         total, blocks = self.slots[tier].total, self.index.counts[tier]

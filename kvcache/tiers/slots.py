@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from baton.ids import BlockId
 from kvcache.free_runs import FreeRuns
@@ -45,6 +46,18 @@ class Slots:
         elif self._is_known:
             self._free.add(BlockId(slot))
 
+    def give_back_all(self, slots: Sequence[Slot], erase: bool = False) -> None:
+        """Many, without a step for each but for those that are held."""
+        for slot in [slot for slot in slots if slot in self._holders] if self._holders else ():
+            self.give_back(slot, erase)
+        others = [slot for slot in slots if slot not in self._holders] if self._holders else list(slots)
+        if erase:
+            self.to_erase += others
+        elif self._is_known:
+            are_free = self._are_free()
+            are_free[others] = True
+            self._free = _runs_of(are_free)
+
     def hold(self, slots: Iterable[Slot]) -> None:
         """Somebody reads them: they are not given away meanwhile."""
         self._holders.update(slots)
@@ -64,24 +77,21 @@ class Slots:
 
     def wipe_free(self) -> None:
         """What free slots still hold is to be erased as well."""
-        runs = list(self._free)
-        kept = FreeRuns(self.total, are_free=False)
-        for start, end in runs:
-            old = [Slot(slot) for slot in range(start, end) if self._written[slot]]
-            self.to_erase += old
-            for slot in set(range(start, end)).difference(old):
-                kept.add(BlockId(slot))
-        self._free = kept
+        are_free = self._are_free()
+        self.to_erase += [Slot(slot) for slot in np.flatnonzero(are_free & self._written).tolist()]
+        self._free = _runs_of(are_free & ~self._written)
+
+    def _are_free(self) -> NDArray[np.bool_]:
+        are_free = np.zeros(self.total, bool)
+        for start, end in self._free:
+            are_free[start:end] = True
+        return are_free
 
     def free_others(self, taken: Iterable[Slot]) -> None:
         """Once it is known which slots hold something that is still needed."""
-        is_taken = np.ones(self.total + 2, bool)
-        is_taken[1:-1] = False
-        for slot in (*taken, *self._left, *self.to_erase):
-            is_taken[slot + 1] = True
-        edges = np.flatnonzero(np.diff(is_taken)).reshape(-1, 2)
-        for start, end in edges.tolist():
-            self._free.add_run(start, end)
+        are_free = np.ones(self.total, bool)
+        are_free[[*taken, *self._left, *self.to_erase]] = False
+        self._free = _runs_of(are_free)
         self._is_known = True
 
     def claim(self, slot: Slot) -> None:
@@ -96,3 +106,11 @@ class Slots:
         assert set(every) <= set(range(self.total))
         assert not self._is_known or len(every) == self.total, "a slot is lost"
         assert all(holders > 0 for holders in self._holders.values())
+
+
+def _runs_of(are_free: NDArray[np.bool_]) -> FreeRuns:
+    runs = FreeRuns(len(are_free), are_free=False)
+    edges = np.flatnonzero(np.diff(are_free, prepend=False, append=False)).reshape(-1, 2)
+    for start, end in edges.tolist():
+        runs.add_run(start, end)
+    return runs

@@ -267,7 +267,10 @@ class TierStore:
         return None if tag == NO_TAG else tag
 
     def changed(self) -> Sequence[BlockHash]:
-        return self._shelves.take_changed()
+        changed = self._shelves.take_changed()
+        if self._shelves.is_more_changed:
+            self.wake()
+        return changed
 
     # ---- what operators and the cluster ask
 
@@ -292,12 +295,12 @@ class TierStore:
         self._shelves.pin(rows, until_s)
 
     def clear(self, tenant: TenantTag | None) -> tuple[int, int]:
+        self._offloads.void(self._index.rows_of(tenant).tolist())
         for block in self._removed:  # the pool's part of this clearing
             self._shelves.drop(self._index.row_of_block(block), "hbm")
         self._removed.clear()
         rows = self._index.rows_below(tenant)
-        self._offloads.void(self._index.rows_of(tenant))
-        copies = sum(map(self._shelves.forget, rows))
+        copies = self._shelves.forget_many(rows)
         if self._scan is not None:
             self._found.clear(tenant)
         self._shelves.slots["ssd"].wipe_free()
@@ -311,7 +314,12 @@ class TierStore:
             "ssd": sum(len(demotion.rows) for demotion in self._demotions.under_way),
         }
         row_bytes = self._shape.row_bytes
-        return [replace(self._shelves.state(tier), arriving_bytes=arriving[tier] * row_bytes) for tier in tiers]
+        return [
+            replace(
+                self._shelves.state(tier), arriving_bytes=arriving[tier] * row_bytes, stored_s=self._io.down_s[tier]
+            )
+            for tier in tiers
+        ]
 
     def hottest(self, count: int) -> Sequence[HotPrefix]:
         self._use_counts.tell(self._clock())

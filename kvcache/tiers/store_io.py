@@ -1,11 +1,11 @@
 """What the store asks of the I/O: TierIo's part that it uses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol, TypeVar
 
 from baton.ids import BlockId
-from kvcache.tiers.interface import Restore, Slot, SlotHeader
+from kvcache.tiers.interface import LowerTier, Restore, Slot, SlotHeader
 from kvcache.tiers.io_interface import RestorePart
 
 T_co = TypeVar("T_co", covariant=True)
@@ -44,6 +44,10 @@ class StoreIo(Protocol):
 
     @property
     def bytes_in_flight(self) -> int: ...
+
+    @property
+    def down_s(self) -> Mapping[LowerTier, float]:
+        """How long copies down into each tier have taken, all together."""
 
     def offload(
         self, blocks: Sequence[BlockId], slots: Sequence[Slot], digests: Sequence[int | None]

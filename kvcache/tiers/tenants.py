@@ -30,11 +30,11 @@ class Tenants:
         self._blocks[number] += 1
         return number
 
-    def leave(self, number: int) -> None:
-        """One block fewer."""
+    def leave(self, number: int, blocks: int = 1) -> None:
+        """So many blocks fewer."""
         if number == NOBODY:
             return
-        self._blocks[number] -= 1
+        self._blocks[number] -= blocks
         if not self._blocks[number]:
             del self._blocks[number], self._number[self._tags.pop(number)]
             self._free.append(number)

@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from kvcache.tiers.codec import Codec
-from kvcache.tiers.interface import BlockCopier, Slot, SlotHeader
+from kvcache.tiers.interface import BlockCopier, LowerTier, Slot, SlotHeader
 from kvcache.tiers.io_interface import IoSizes, PoolDigests, RestorePart, RowMemory, SlotIo, VerifyDdr
 from kvcache.tiers.io_job import Job
 from kvcache.tiers.io_threads import THREADS, IoThreads, Piece, Urgency, closed, failure_of
@@ -60,6 +61,8 @@ class TierIo:
         self._wake, self._clock = wake, clock
         self._lock = threading.Lock()
         self._bytes_in_flight = 0
+        self.down_s: dict[LowerTier, float] = {"ddr": 0.0, "ssd": 0.0}
+        """How long copies down into each tier have taken, all together."""
         self._restores: set[RestoreJob] = set()
         arenas = (THREADS + 1) * (
             2 if codec else 1
@@ -89,7 +92,7 @@ class TierIo:
         result: list[int | None] = [None] * len(blocks)
 
         def copy(some: slice, _: LeaveDisk) -> None:
-            result[some] = self._offload.copy(blocks[some], slots[some], digests[some])
+            result[some] = self._copy_down(blocks[some], slots[some], digests[some])
 
         return self._down(Urgency.OFFLOAD, len(blocks), self._layout.block_bytes, copy, result)
 
@@ -97,7 +100,13 @@ class TierIo:
         self, blocks: Sequence[BlockId], slots: Sequence[Slot], digests: Sequence[int | None]
     ) -> list[int | None]:
         """The same, on the caller's thread."""
-        return self._offload.copy(blocks, slots, digests)
+        return self._copy_down(blocks, slots, digests)
+
+    def _copy_down(
+        self, blocks: Sequence[BlockId], slots: Sequence[Slot], digests: Sequence[int | None]
+    ) -> list[int | None]:
+        with self._timed("ddr"):
+            return self._offload.copy(blocks, slots, digests)
 
     def demote(self, ddr_slots: Sequence[Slot], ssd_slots: Sequence[Slot], headers: Sequence[SlotHeader]) -> Job[None]:
         """DDR to SSD. Adjacent SSD slots are written by one call."""
@@ -105,9 +114,19 @@ class TierIo:
         assert file is not None and len(ddr_slots) == len(ssd_slots) == len(headers)
 
         def write(some: slice, _: LeaveDisk) -> None:
-            file.write(ssd_slots[some], headers[some], self._ddr.rows, ddr_slots[some])
+            with self._timed("ssd"):
+                file.write(ssd_slots[some], headers[some], self._ddr.rows, ddr_slots[some])
 
         return self._down(Urgency.DISK_WRITE, len(ddr_slots), self._row_bytes, write, None)
+
+    @contextmanager
+    def _timed(self, tier: LowerTier) -> Iterator[None]:
+        began_s = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.down_s[tier] += self._clock() - began_s
 
     def erase(self, ssd_slots: Sequence[Slot]) -> Job[None]:
         """Before what is written later to these slots."""

@@ -6,7 +6,6 @@ from typing import Final
 
 import numpy as np
 
-from baton.ids import BlockHash
 from kvcache.eviction.interface import Floats, KeepPolicy
 from kvcache.name_table import Rows
 from kvcache.tiers.index import Mark, TierIndex

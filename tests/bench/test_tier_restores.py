@@ -21,11 +21,10 @@ def test_what_is_measured_came_up_right(case: Case, storage: StorageFormat, tmp_
     assert not list(tmp_path.iterdir()), "the file is gone"
 
 
-def test_rates_are_of_both_tiers_and_of_ddr_by_what_is_verified(tmp_path: Path) -> None:
+def test_rates_are_of_both_tiers(tmp_path: Path) -> None:
     shape = Shape(layers=2, hidden=64, heads=4, kv_heads=2)
     rates = restore_rates(shape, tmp_path, 2**18, "none")
-    assert [(rate.source, rate.verified) for rate in rates if rate.is_default] == [("ddr", "always"), ("ssd", "always")]
-    assert {rate.verified for rate in rates if rate.source == "ddr"} == {"never", "sampled", "always"}
+    assert [rate.source for rate in rates] == ["ddr", "ssd"] and all(rate.gb_per_s > 0 for rate in rates)
     layout = pool_of(shape, 2**18)
     assert layout.pool_blocks * 4 // 5 * layout.block_bytes == 2**18
 

@@ -15,10 +15,10 @@ from bench.decode_calls import RequestFailed
 from bench.models import Shape
 from bench.tiers import driver as driver_module
 from bench.tiers.__main__ import parse_compression, parse_lengths, rate_table, ttft_table
-from bench.tiers.driver import BLOCK_TOKENS, FILLER_TOKENS, FILLERS, measure, peer_rate
-from bench.tiers.figures import SOURCES, Measured, Rate, Sample, Source
+from bench.tiers.driver import FILLER_TOKENS, fillers_for, measure, peer_rate
+from bench.tiers.figures import BLOCK_TOKENS, SOURCES, Measured, Rate, Sample, Source
 from bench.tiers.raw import READ_BYTES, disk_read_gb_per_s, memcpy_gb_per_s
-from bench.tiers.workers import Workers
+from bench.tiers.workers import POOL_BLOCKS, Workers
 
 SHAPE = Shape(layers=2, hidden=64, heads=4, kv_heads=2, vocabulary=500)
 
@@ -88,9 +88,13 @@ def test_tables_have_a_row_for_each_length_and_rate() -> None:
 
 
 def test_the_peers_rate_is_that_of_the_best_of_the_longest() -> None:
-    samples = [sample("peer", 1, moved_s=moved_s, tokens=1024) for moved_s in (0.02, 0.01)]
+    samples = [sample("peer", 1, moved_s=moved_s) for moved_s in (0.02, 0.01)]
     token_bytes = 2 * SHAPE.layers * SHAPE.kv_heads * (SHAPE.hidden // SHAPE.heads) * 2
-    rate = peer_rate([*samples, sample("peer", 1, moved_s=1e-9), sample("cold", 1, tokens=1024)], SHAPE)
+    others = [sample("peer", 1, moved_s=1e-9, tokens=tokens) for tokens in (480, 1024)]  # shorter; not all of it came
+    rate = peer_rate([*samples, *others, sample("cold", 1, tokens=512)], SHAPE)
+    assert [each.is_whole for each in others] == [True, False]
+    with pytest.raises(RequestFailed, match="as a whole"):
+        peer_rate(others[1:], SHAPE)
     assert rate.source == "peer" and rate.gb_per_s == pytest.approx(480 * token_bytes / 0.01 / 1e9)
 
 
@@ -186,6 +190,10 @@ def run(workers: Mapping[str, ScriptedWorker], lengths: list[int], turns: int = 
     return asyncio.run(main())
 
 
+def fillers_of(worker: ScriptedWorker) -> set[tuple[int, ...]]:
+    return {tuple(submit.prompt) for submit in worker.submits if len(submit.prompt) == FILLER_TOKENS}
+
+
 def test_every_prompt_is_asked_from_every_source() -> None:
     workers = scripts()
     samples = run(workers, [128, 200], turns=2)
@@ -201,18 +209,19 @@ def test_every_prompt_is_asked_from_every_source() -> None:
     assert (by_source["ddr"].moved_s, by_source["peer"].moved_s) == (0.01, 0.02)
     assert all(each.ttft_s > 0 and each.cold_s > 0 for each in samples)
     plans = [submit.fetch for submit in workers["peer"].submits]
-    assert {plan.blocks for plan in plans} == {15, 3, 6} and all(plan.compute_s > 0 for plan in plans)
+    assert {plan.blocks for plan in plans} == {127, 3, 6} and all(plan.compute_s > 0 for plan in plans)
     asked = [submit for submit in workers["ddr"].submits if len(submit.prompt) < FILLER_TOKENS]
     assert len({submit.cache_salt for submit in asked}) == 5, "each turn's prompt, and the one that warms up"
-    fillers = {tuple(submit.prompt) for submit in workers["ssd"].submits if len(submit.prompt) == FILLER_TOKENS}
-    assert len(fillers) == FILLERS
+    assert len(fillers_of(workers["ddr"])) == fillers_for(POOL_BLOCKS["ddr"]) == 6
+    fresh = [submit for submit in workers["ssd"].submits if len(submit.prompt) == FILLER_TOKENS]
+    assert len(fillers_of(workers["ssd"])) == len(fresh), "each of them is new"
 
 
 def test_a_prompt_that_does_not_leave_hbm_ends_the_run() -> None:
-    with pytest.raises(RequestFailed, match="128 tokens never lay in ddr alone: 0 did"):
+    with pytest.raises(RequestFailed, match="128 tokens never lay in ddr: 0 of 96 did"):
         run({**scripts(), "ddr": ScriptedWorker(evicts=False)}, [128])
 
 
-def test_a_peer_that_was_not_asked_ends_the_run() -> None:
-    with pytest.raises(RequestFailed, match="only 0 of 512 tokens came from the peer"):
+def test_a_peer_from_which_nothing_comes_ends_the_run() -> None:
+    with pytest.raises(RequestFailed, match="nothing comes from the peer"):
         run({**scripts(), "peer": ScriptedWorker(fetches=False)}, [128])

@@ -442,8 +442,9 @@ def test_a_failing_listener_fails_the_request() -> None:
 def test_a_request_without_a_seed_gets_one() -> None:
     toy = ToyEngine()
     seen: list[int] = []
-    original = toy.engine._computer._sample
-    toy.engine._computer._sample = lambda logits, draws: (seen.extend(d.seed for d in draws), original(logits, draws))[1]
+    computer = toy.engine._computer
+    original = computer._sample
+    computer._sample = lambda logits, draws: (seen.extend(d.seed for d in draws), original(logits, draws))[1]
     toy.engine.add(EngineRequest(A, (1,), SamplingParams(max_tokens=1), Prefill.HERE))
     toy.engine.add(EngineRequest(B, (2,), SamplingParams(max_tokens=1, seed=99), Prefill.HERE))
     toy.run()

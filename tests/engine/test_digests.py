@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.digest import sum_of
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from engine import digests
@@ -51,6 +52,21 @@ def test_how_much_is_digested_at_a_time_changes_nothing(
     blocks = [BlockId(block) for block in (4, 5, 6, 7)]
     monkeypatch.setattr(digests, "HOST_BATCH_BYTES", batch_bytes)
     assert DeviceDigester(region_tensor(region)).begin(blocks).wait() == tuple(region.digests(blocks))
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2**20])
+def test_what_layers_add_makes_up_the_whole(
+    region: HostRegion, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "HOST_BATCH_BYTES", batch_bytes)
+    device = DeviceRegion(region.layout, torch.device("cpu"))
+    device.tensor.copy_(region_tensor(region))
+    blocks = [BlockId(4), BlockId(0)]
+    cuts = [range(1), range(1, region.layout.layers)]
+    parts = [device.digests(blocks, layers) for layers in cuts]
+    assert parts == [tuple(region.digests(blocks, layers)) for layers in cuts]
+    assert [sum_of(*both) for both in zip(*parts, strict=True)] == region.digests(blocks)
+    device.close()
 
 
 def test_products_are_summed_as_matrices_are_multiplied() -> None:

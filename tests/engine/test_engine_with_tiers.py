@@ -23,7 +23,9 @@ from engine.opening import open_engine
 from engine.runner import ModelRunner, StepLogits, kv_layout
 from engine.sampler import sample
 from engine.scheduler import Limits
+from engine.sequence import root_of
 from engine.tiers import LateCosts, open_lower_tiers
+from kvcache.block_hash import block_hashes
 
 BLOCK_TOKENS = 8
 POOL_BLOCKS = 40
@@ -130,6 +132,31 @@ def test_what_the_engine_was_killed_with_is_found_on_the_ssd(
     again.until(lambda: any(state.tier == "ssd" and state.blocks for state in again.engine.tiers.states()))  # type: ignore[union-attr]
     assert replay(again, seed=5, requests=30) == tokens
     assert again.engine.stats().tier_hits_tokens.get("ssd", 0) > 0
+
+
+@pytest.mark.parametrize("was_below", [False, True])
+def test_what_was_cleared_stays_away(
+    opened: Callable[..., Driver], loaded: LoadedModel, tmp_path: Path, *, was_below: bool
+) -> None:
+    driver = opened(ddr_bytes=60 * block_bytes(loaded), ssd_dir=tmp_path, ssd_bytes=500 * block_bytes(loaded))
+    tiers = driver.engine.tiers
+    assert tiers is not None
+
+    def push(seed: int) -> None:
+        filler = driver.add(f"filler-{seed}", random_prompt(BLOCK_TOKENS * (POOL_BLOCKS - 1), seed=seed), max_tokens=2)
+        driver.until(lambda: filler in driver.ended and not driver.engine.has_work)
+
+    prompt = random_prompt(100, seed=1)
+    asked = driver.add("asked", prompt)
+    driver.until(lambda: asked in driver.ended)
+    if was_below:
+        push(98)
+    names = block_hashes(root_of(driver.engine.model, ""), prompt, BLOCK_TOKENS)
+    assert all(tiers.tier_of(name) for name in names) and (tiers.tier_of(names[0]) != "hbm") == was_below
+    driver.engine.clear_cache(None)
+    push(99)
+    push(100)
+    assert not any(tiers.tier_of(name) for name in names)
 
 
 # ---- device memory, as far as the CPU device can stand for it

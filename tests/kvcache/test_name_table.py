@@ -3,6 +3,8 @@
 import random
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from baton.ids import BlockHash
 from kvcache.name_table import NO_ROW, NameTable
@@ -59,3 +61,23 @@ def test_memory_grows_with_what_it_holds() -> None:
     for number in range(100):
         table.add(BlockHash(number.to_bytes(16, "little")))
     assert table.size_bytes == table._table.nbytes + 16 * 101
+
+
+def name_of(number: int) -> BlockHash:
+    return BlockHash((number << 70 | number).to_bytes(16, "little"))
+
+
+@given(st.sets(st.integers(0, 10**6), max_size=60), st.integers(0, 2**32 - 1))
+def test_all_but_some_go_at_once(numbers: set[int], seed: int) -> None:
+    """A table so full that probes go past its end."""
+    table = NameTable(64)
+    rows = {number: table.add(name_of(number)) for number in numbers}
+    kept = {number for number in numbers if random.Random(seed + number).random() < 0.7}
+    are_kept = np.zeros(table.rows_used + 1, bool)
+    are_kept[[rows[number] for number in kept]] = True
+    table.keep(are_kept)
+    table.check_integrity()
+    assert all(table.find(name_of(number)) == (rows[number] if number in kept else NO_ROW) for number in numbers)
+    again = [table.add(name_of(10**6 + 1 + number)) for number in range(64 - len(kept))]
+    assert len({*again, *(rows[number] for number in kept)}) == 64
+    table.check_integrity()

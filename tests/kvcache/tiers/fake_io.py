@@ -90,6 +90,7 @@ class FakeIo:
         self.restores: list[FakeRestore] = []
         self.row_bytes = row_bytes
         self.copied_now = 0
+        self.down_s: dict[LowerTier, float] = {"ddr": 0.0, "ssd": 0.0}
         self._written: dict[LowerTier, set[Slot]] = {"ddr": set(), "ssd": set()}
         """Slots that a job is writing."""
 

@@ -256,6 +256,8 @@ class Chaos:
 
     def clear(self) -> None:
         self.is_loss_allowed = True
+        if self.random.random() < 0.5:  # an engine clears its pool first
+            self.world.pool.forget(self.world.pool.published())
         self.world.store.clear(self.random.choice([None, *TENANTS]))
 
     def pass_time(self) -> None:

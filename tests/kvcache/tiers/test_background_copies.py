@@ -49,7 +49,7 @@ def test_io_that_does_not_keep_up_loses_what_there_was_no_room_for_at_once() -> 
 
 
 def test_idle_blocks_are_all_copied_though_nothing_is_evicted() -> None:
-    world = World(blocks=64, ddr_slots=64, ssd_slots=0, bytes_in_flight_max=1000 * ROW_BYTES)
+    world = World(blocks=64, ddr_slots=80, ssd_slots=0, bytes_in_flight_max=1000 * ROW_BYTES)
     names = long_prompt(1, 40)
     world.run(names)
     world.pump()

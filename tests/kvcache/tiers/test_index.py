@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.ids import BlockHash, TenantTag, tenant_tag
+from baton.latency import TIERS
 from bench.tier_index import measure_index
 from kvcache.name_table import NO_ROW
 from kvcache.tiers.deadlines import Deadlines
 from kvcache.tiers.index import Mark, TierIndex
-from kvcache.tiers.interface import Owner, Slot
+from kvcache.tiers.interface import LowerTier, Owner, Slot
 from kvcache.tiers.retention import Promises
 from kvcache.tiers.row_set import RowSet
 from kvcache.tiers.slots import Slots
@@ -54,6 +55,48 @@ def test_a_block_on_the_ssd_does_not_keep_its_head_in_ddr() -> None:
     assert head not in index.leaves["ssd"]
     assert tail in index.leaves["ssd"]
     index.check_integrity()
+
+
+def test_what_has_lost_its_head_is_as_old_as_can_be() -> None:
+    index = TierIndex(8, 8, 8)
+    rows = chain_of(index, 6, "ssd")
+    whole = index.add(name(100), name(99), 0, TENANT, 5.0)
+    index.put(whole, "ssd", 7)
+    index.drop(rows[2], "ssd")
+    index.age_orphans()
+    assert index.used_at[[*rows[:2], whole]].tolist() == [0.0, 0.0, 5.0]
+    assert index.used_at[rows[3:]].tolist() == [-inf] * 3
+
+
+def test_many_rows_go_at_once_as_they_would_one_by_one() -> None:
+    for seed in range(60):
+        random_ = random.Random(seed)
+        index, model = TierIndex(16, 16, 16), TierIndex(16, 16, 16)
+        for number in random_.sample(range(24), 16):
+            prompt, depth = divmod(number, 6)
+            above = name(1000 * prompt + depth)
+            tiers = random_.sample(TIERS, random_.randint(1, 2))
+            for each in (index, model):
+                row = each.add(name(1000 * prompt + depth + 1), above, depth, TENANT, 0.0)
+                for tier in tiers:
+                    each.put(row, tier, each.counts[tier])
+        rows = [row for row in index.rows_of(None).tolist() if random_.random() < 0.6]
+        names = [index.table.name(row) for row in rows]
+        places, gone = index.drop_below(np.array(rows, np.int64), ["ddr", "ssd"])
+        index.remove_gone(gone)
+        lay: dict[LowerTier, list[int]] = {tier: [] for tier in places}
+        for gone_name in names:
+            for lower in places:
+                if model.is_in(row := model.find(gone_name), lower):
+                    lay[lower].append(model.drop(row, lower))
+        index.check_integrity()
+        model.check_integrity()
+        assert lay == places
+        assert len(index.table) == len(model.table) and index.counts == model.counts
+        assert index.unsaved.keys() == {index.find(model.table.name(row)) for row in model.unsaved}
+        for number in range(30):  # rows can be given again
+            index.table.add(name(5000 + number))
+        index.table.check_integrity()
 
 
 def test_links_are_right_whatever_came_first() -> None:

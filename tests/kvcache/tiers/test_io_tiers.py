@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from itertools import count
 
 import numpy as np
 import pytest
@@ -68,6 +69,16 @@ def test_bytes_in_flight_are_counted_until_the_job_has_ended() -> None:
         assert job.wait(WAIT_S) and job.error is None
         assert rig.io.bytes_in_flight == 0
         assert rig.file.slots[Slot(11)] == (rig.header(1), rig.content(1))
+
+
+def test_copies_down_are_timed_by_tier() -> None:
+    seconds = count()
+    with rig_of(clock=lambda: float(next(seconds))) as rig:
+        rig.io.offload_now(blocks(0), slots(0), [None])
+        assert rig.io.down_s == {"ddr": 1.0, "ssd": 0.0}
+        assert rig.io.offload(blocks(1), slots(1), [None]).wait(WAIT_S)
+        assert rig.io.demote(slots(0), slots(5), [rig.header(0)]).wait(WAIT_S)
+        assert rig.io.down_s == {"ddr": 2.0, "ssd": 1.0}
 
 
 def test_a_job_of_nothing_has_ended() -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from slot_rig import (
     PAYLOAD_BYTES,
+    STAMP,
     content_of,
     file_bytes,
     header_of,
@@ -30,6 +32,7 @@ from kvcache.tiers.disk_calls import Buffers, DiskCalls, zero
 from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import Slot
 from kvcache.tiers.slot_file import SlotFile
+from kvcache.tiers.slot_format import PAGE_BYTES, whole_pages
 
 
 def names(count: int) -> list[BlockHash]:
@@ -53,6 +56,26 @@ def test_what_was_written_is_read(tmp_path: Path, way: str) -> None:
         write_blocks(file, 3, names(9))
         assert all(is_served(file, 3 + i, name) for i, name in enumerate(names(9)))
         assert {slot: header.name for slot, header in scanned(file).items()} == dict(enumerate(names(9), 3))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("cut", [1, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1, 2 * PAGE_BYTES + 5])
+def test_a_payload_is_read_in_parts(tmp_path: Path, cut: int) -> None:
+    payload_bytes = 2 * PAGE_BYTES + 100
+    rows = HostMemory(3, payload_bytes).rows
+    rows[:] = np.random.default_rng(cut).integers(0, 256, rows.shape, np.uint8)
+    slots, into = slots_from(1, 3), [Slot(2), Slot(0), Slot(1)]
+    size_bytes = file_bytes(4, payload_bytes)
+    with closing(SlotFile.open(tmp_path, size_bytes, STAMP, payload_bytes)) as file:
+        file.write(slots, list(map(header_of, names(3))), rows, slots_from(0, 3))
+        back = HostMemory(3, payload_bytes).rows
+        wrong = [names(3)[0], name_of("another"), names(3)[2]]
+        headers = file.read(slots, wrong, back, into, cut)
+        assert headers == [header_of(wrong[0]), None, header_of(wrong[2])]
+        assert np.array_equal(back[into, :cut], rows[:, :cut])
+        assert not back[:, whole_pages(cut) :].any(), "no more than was asked for"
+        file.read_on(slots, back, into, range(cut, payload_bytes))
+        assert np.array_equal(back[into], rows)
 
 
 @pytest.mark.usefixtures("way")

@@ -288,6 +288,27 @@ def test_clear_takes_everything_off_the_disk_even_what_was_dropped() -> None:
     world.store.check_integrity()
 
 
+def test_what_is_cleared_on_its_way_down_does_not_arrive_under_another_name() -> None:
+    world = World(blocks=32, ddr_slots=32, ssd_slots=0)
+    world.run(chain(1, 0))
+    world.pump()
+    assert world.io.jobs
+    world.pool.forget(world.pool.published())
+    world.store.clear(None)
+    world.run(chain(2, 0))  # in rows that were just given up
+    world.io.end_all()
+    world.pump()
+    world.check([*chain(1, 0), *chain(2, 0)])
+    world.settle()
+    world.check([*chain(1, 0), *chain(2, 0)])
+    assert not world.store.locate(chain(1, 0))
+    world.pool.forget(world.pool.published())
+    running = world.begin(chain(2, 0), Owner(TENANTS[0]))
+    world.io.end_all()
+    assert running is not None
+    world.finish(running)  # asserts the content
+
+
 # ---- what is told
 
 
