@@ -7,7 +7,7 @@ import numpy as np
 
 from baton.ids import BlockHash
 from kvcache.eviction.interface import Candidates, KeepPolicy
-from kvcache.tiers.row_set import RowSet
+from kvcache.tiers.index.row_set import RowSet
 
 SAMPLE: Final = 128
 """Of the leaves, so many are drawn, as in the tiers."""

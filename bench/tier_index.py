@@ -7,7 +7,7 @@ from random import Random
 
 from baton.ids import BlockHash, tenant_tag
 from kvcache.block_hash import HASH_BYTES
-from kvcache.tiers.index import TierIndex
+from kvcache.tiers.index.tier_index import TierIndex
 
 PROMPT_BLOCKS = 32
 LOOKED_UP = 128

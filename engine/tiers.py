@@ -12,9 +12,9 @@ from engine.device_copier import DeviceCopier
 from engine.device_region import DeviceRegion
 from engine.interface import ModelInfo
 from kvcache.restore_plan import RestoreCosts
-from kvcache.tiers.copier import HostCopier
 from kvcache.tiers.interface import BlockCopier, LowerTiers
 from kvcache.tiers.opening import open_tiers
+from kvcache.tiers.rows.copier import HostCopier
 from kvtransfer.region import HostRegion
 
 

@@ -7,9 +7,9 @@ from statistics import median
 import numpy as np
 
 from baton.layout import KVLayout
-from kvcache.tiers.codec import Int8Codec
 from kvcache.tiers.interface import Rows, Slot
-from kvcache.tiers.narrow_floats import narrow
+from kvcache.tiers.rows.codec import Int8Codec
+from kvcache.tiers.rows.narrow_floats import narrow
 
 BLOCKS = 64
 REPEATS = 5

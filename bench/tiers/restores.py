@@ -19,14 +19,14 @@ from baton.ids import BlockHash, BlockId, TenantTag
 from baton.layout import PROBE_BLOCKS, KVLayout
 from bench.models import Shape
 from bench.tiers.figures import Rate
-from kvcache.tiers.codec import codec_for
-from kvcache.tiers.copier import HostCopier
-from kvcache.tiers.host_memory import HostMemory
+from kvcache.tiers.disk.slot_file import SlotFile
+from kvcache.tiers.disk.slot_format import file_stamp, slot_bytes
 from kvcache.tiers.interface import LowerTier, Slot, SlotHeader, StorageFormat
-from kvcache.tiers.io_interface import IoSizes, RestorePart, VerifyDdr
-from kvcache.tiers.slot_file import SlotFile
-from kvcache.tiers.slot_format import file_stamp, slot_bytes
-from kvcache.tiers.tier_io import TierIo
+from kvcache.tiers.io.interface import IoSizes, RestorePart, VerifyDdr
+from kvcache.tiers.io.tier_io import TierIo
+from kvcache.tiers.rows.codec import codec_for
+from kvcache.tiers.rows.copier import HostCopier
+from kvcache.tiers.rows.host_memory import HostMemory
 
 WAIT_S = 60.0
 RUNS = 9

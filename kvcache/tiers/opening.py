@@ -10,15 +10,16 @@ import numpy as np
 
 from baton.layout import KVLayout
 from kvcache.eviction.policy import make_policy
-from kvcache.tiers.codec import codec_for
-from kvcache.tiers.disk_calls import DiskCalls
-from kvcache.tiers.host_memory import HostMemory
+from kvcache.tiers.disk.disk_calls import DiskCalls
+from kvcache.tiers.disk.slot_file import SlotFile
+from kvcache.tiers.disk.slot_format import file_stamp
 from kvcache.tiers.interface import BlockCopier, StorageFormat
-from kvcache.tiers.io_interface import PoolDigests, VerifyDdr
-from kvcache.tiers.slot_file import SlotFile
-from kvcache.tiers.slot_format import file_stamp, whole_pages
+from kvcache.tiers.io.interface import PoolDigests, VerifyDdr
+from kvcache.tiers.io.tier_io import TierIo
+from kvcache.tiers.pages import whole_pages
+from kvcache.tiers.rows.codec import codec_for
+from kvcache.tiers.rows.host_memory import HostMemory
 from kvcache.tiers.store import StoreShape, TierStore
-from kvcache.tiers.tier_io import TierIo
 
 log = logging.getLogger(__name__)
 SMALLER: Final = 2

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from baton.ids import BlockHash, BlockId
+from kvcache.tiers.index.shelves import Shelves
+from kvcache.tiers.index.tenants import NO_TAG
 from kvcache.tiers.interface import LowerTier, RestoreTiming, Slot, SlotHeader
-from kvcache.tiers.io_interface import RestorePart
-from kvcache.tiers.shelves import Shelves
-from kvcache.tiers.store_io import StoreIo
-from kvcache.tiers.tenants import NO_TAG
+from kvcache.tiers.io.interface import RestorePart
+from kvcache.tiers.moves.store_io import StoreIo
 
 TEST_BYTES: Final = 8 * 2**20
 TEST_WAIT_S: Final = 5.0

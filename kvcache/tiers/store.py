@@ -1,7 +1,7 @@
 """The tiers below a worker's pool: what the engine sees of them, and in which order things happen.
 
-index.py knows where blocks lie, offloads.py and demotions.py move them down, restores.py up, found_slots.py takes in
-what an earlier process left; all of that on the engine's thread, where only jobs are begun and ended ones taken in.
+index/ knows where blocks lie and what they are worth, moves/ has them go down, up and out, and takes in what an earlier
+process left on the disk; all of that on the engine's thread, where only jobs are begun and ended ones taken in.
 """
 
 import time
@@ -15,10 +15,11 @@ from baton.ids import BlockHash, BlockId, TenantTag
 from baton.latency import Tier
 from kvcache.eviction.interface import KeepPolicy
 from kvcache.name_table import NO_ROW
-from kvcache.tiers.backups import Backups
-from kvcache.tiers.demotions import Demotions
-from kvcache.tiers.found_slots import FoundSlots
-from kvcache.tiers.hot_prefixes import hottest
+from kvcache.tiers.index.hot_prefixes import hottest
+from kvcache.tiers.index.shelves import Shelves
+from kvcache.tiers.index.tenants import NO_TAG
+from kvcache.tiers.index.use_counts import UseCounts
+from kvcache.tiers.index.worth import Worth
 from kvcache.tiers.interface import (
     HotPrefix,
     LowerTier,
@@ -30,14 +31,13 @@ from kvcache.tiers.interface import (
     StorageFormat,
     TierState,
 )
-from kvcache.tiers.offloads import Offloads
-from kvcache.tiers.restores import Restores
+from kvcache.tiers.moves.backups import Backups
+from kvcache.tiers.moves.demotions import Demotions
+from kvcache.tiers.moves.found_slots import FoundSlots
+from kvcache.tiers.moves.offloads import Offloads
+from kvcache.tiers.moves.restores import Restores
+from kvcache.tiers.moves.store_io import Job, StoreIo
 from kvcache.tiers.self_test import time_restores
-from kvcache.tiers.shelves import Shelves
-from kvcache.tiers.store_io import Job, StoreIo
-from kvcache.tiers.tenants import NO_TAG
-from kvcache.tiers.use_counts import UseCounts
-from kvcache.tiers.worth import Worth
 
 DOUBTFUL_DIVISOR: Final = 16
 """Blocks may be dropped soon when fewer than one in so many of the lowest tier's slots are free, or a few."""

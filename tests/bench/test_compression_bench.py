@@ -15,9 +15,9 @@ from bench.compression.figures import Answer, Effect, difference, kl_nats
 from bench.models import Shape, make_model
 from engine.model.loader import LoadedModel, load_model
 from engine.recall.text import NAMES, NOBODY, VOCABULARY
-from kvcache.tiers.codec import Int8Codec
 from kvcache.tiers.interface import StorageFormat
-from kvcache.tiers.narrow_floats import widened
+from kvcache.tiers.rows.codec import Int8Codec
+from kvcache.tiers.rows.narrow_floats import widened
 
 VOCABULARY_SIZE = 300
 SHAPE = Shape(layers=2, hidden=64, intermediate=64, heads=4, kv_heads=2, vocabulary=VOCABULARY_SIZE, dtype="float32")

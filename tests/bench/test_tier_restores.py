@@ -8,7 +8,7 @@ from baton.layout import KVLayout
 from bench.models import Shape
 from bench.tiers.restores import Case, RestoreSpeed, measure, pool_of, restore_rates, restore_rig
 from kvcache.tiers.interface import StorageFormat
-from kvcache.tiers.io_interface import IoSizes
+from kvcache.tiers.io.interface import IoSizes
 
 LAYOUT = KVLayout(layers=2, blocks=42, block_tokens=16, kv_heads=2, head_dim=16, dtype="float32")  # whole pages
 

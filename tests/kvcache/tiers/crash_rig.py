@@ -22,8 +22,9 @@ from pathlib import Path
 from random import Random
 from typing import NoReturn
 
-from kvcache.tiers.disk_calls import Buffers, DiskCalls, zero
-from kvcache.tiers.slot_format import HEADER_BYTES, PAGE_BYTES
+from kvcache.tiers.disk.disk_calls import Buffers, DiskCalls, zero
+from kvcache.tiers.disk.slot_format import HEADER_BYTES
+from kvcache.tiers.pages import PAGE_BYTES
 
 Done = Callable[[int], None]
 Scenario = Callable[[Path, int, DiskCalls, Done], None]

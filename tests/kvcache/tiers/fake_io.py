@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from baton.ids import BlockHash, BlockId
 from kvcache.tiers.interface import LowerTier, Restored, RestoreTiming, Slot, SlotHeader
-from kvcache.tiers.io_interface import RestorePart
+from kvcache.tiers.io.interface import RestorePart
 
 T = TypeVar("T")
 

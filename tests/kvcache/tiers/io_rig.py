@@ -12,12 +12,12 @@ import numpy as np
 from baton.digest import block_digests
 from baton.ids import BlockHash, BlockId, TenantTag
 from baton.layout import KVLayout
-from kvcache.tiers.codec import Codec, codec_for
-from kvcache.tiers.copier import HostCopier
-from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import LowerTier, Rows, Slot, SlotHeader, StorageFormat
-from kvcache.tiers.io_interface import IoSizes, RestorePart, VerifyDdr
-from kvcache.tiers.tier_io import TierIo
+from kvcache.tiers.io.interface import IoSizes, RestorePart, VerifyDdr
+from kvcache.tiers.io.tier_io import TierIo
+from kvcache.tiers.rows.codec import Codec, codec_for
+from kvcache.tiers.rows.copier import HostCopier
+from kvcache.tiers.rows.host_memory import HostMemory
 
 LAYOUT = KVLayout(layers=4, blocks=66, block_tokens=4, kv_heads=2, head_dim=8, dtype="float32")
 BLOCK_BYTES = LAYOUT.block_bytes

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from baton.digest import digests_of
 from baton.ids import BlockHash, tenant_tag
 from baton.layout import KVLayout
-from kvcache.tiers.disk_calls import DiskCalls
-from kvcache.tiers.host_memory import HostMemory
+from kvcache.tiers.disk.disk_calls import DiskCalls
+from kvcache.tiers.disk.slot_file import SlotFile
+from kvcache.tiers.disk.slot_format import HEADERS_OFFSET, FileStamp, file_stamp, slot_bytes
 from kvcache.tiers.interface import Slot, SlotHeader
-from kvcache.tiers.slot_file import SlotFile
-from kvcache.tiers.slot_format import HEADERS_OFFSET, FileStamp, file_stamp, slot_bytes
+from kvcache.tiers.rows.host_memory import HostMemory
 
 LAYOUT = KVLayout(layers=3, blocks=8, block_tokens=4, kv_heads=3, head_dim=8, dtype="float32")
 PAYLOAD_BYTES = LAYOUT.block_bytes  # 2,304: not a whole page

@@ -10,7 +10,7 @@ from crash_rig import Done
 from slot_rig import name_of, open_file, slots_from, write_blocks
 
 from baton.ids import BlockHash
-from kvcache.tiers.disk_calls import DiskCalls
+from kvcache.tiers.disk.disk_calls import DiskCalls
 
 Kind = Literal["open", "write", "erase", "erase_all"]
 KINDS: dict[Kind, int] = {"write": 12, "erase": 2, "erase_all": 1, "open": 2}

@@ -12,11 +12,12 @@ from baton.digest import digests_of
 from baton.ids import BlockHash, BlockId, tenant_tag
 from baton.layout import KVLayout
 from kvcache.block_pool import BlockPool
-from kvcache.tiers.copier import HostCopier
-from kvcache.tiers.disk_calls import DiskCalls
+from kvcache.tiers.disk.disk_calls import DiskCalls
+from kvcache.tiers.disk.slot_format import HEADERS_OFFSET, slot_bytes
 from kvcache.tiers.interface import Owner, StorageFormat
 from kvcache.tiers.opening import open_tiers
-from kvcache.tiers.slot_format import HEADERS_OFFSET, slot_bytes, whole_pages
+from kvcache.tiers.pages import whole_pages
+from kvcache.tiers.rows.copier import HostCopier
 from tests.kvcache.tiers.store_world import ROOT
 
 Slices = NDArray[np.uint8]

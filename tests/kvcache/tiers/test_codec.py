@@ -8,10 +8,10 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from baton.layout import KVLayout
-from kvcache.tiers.codec import SCALE_MIN, Int8Codec, codec_for
-from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import Rows, Slot
-from kvcache.tiers.narrow_floats import LARGEST, narrow, widened
+from kvcache.tiers.rows.codec import SCALE_MIN, Int8Codec, codec_for
+from kvcache.tiers.rows.host_memory import HostMemory
+from kvcache.tiers.rows.narrow_floats import LARGEST, narrow, widened
 
 DTYPES = ("float32", "float16", "bfloat16")
 ULP = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -129,7 +129,7 @@ def test_batches_change_nothing(dtype: str, monkeypatch: pytest.MonkeyPatch) -> 
     layout = layout_of(dtype, layers=7)
     blocks = blocks_of(np.random.default_rng(5).standard_normal((2, 7, 2, *layout.shape[3:])), layout)
     whole = round_trip(blocks, layout)[1]
-    monkeypatch.setattr("kvcache.tiers.codec.BATCH_NUMBERS", 4 * 96)
+    monkeypatch.setattr("kvcache.tiers.rows.codec.BATCH_NUMBERS", 4 * 96)
     assert np.array_equal(round_trip(blocks, layout)[1], whole)
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvcache.tiers.copier import HostCopier
-from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import Slot
-from kvcache.tiers.runs import runs_of
+from kvcache.tiers.rows.copier import HostCopier
+from kvcache.tiers.rows.host_memory import HostMemory
+from kvcache.tiers.rows.runs import runs_of
 
 LAYOUT = KVLayout(layers=3, blocks=12, block_tokens=2, kv_heads=1, head_dim=5, dtype="float16")  # slices of 20 bytes
 ROWS = 9

@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 
-from kvcache.tiers.host_memory import HostMemory
+from kvcache.tiers.rows.host_memory import HostMemory
 
 
 @pytest.mark.parametrize(("row_bytes", "stride"), [(1, 4096), (4096, 4096), (4097, 8192), (65_792, 69_632)])

@@ -12,13 +12,13 @@ from baton.ids import BlockHash, TenantTag, tenant_tag
 from baton.latency import TIERS
 from bench.tier_index import measure_index
 from kvcache.name_table import NO_ROW
-from kvcache.tiers.deadlines import Deadlines
-from kvcache.tiers.index import Mark, TierIndex
+from kvcache.tiers.index.deadlines import Deadlines
+from kvcache.tiers.index.promises import Promises
+from kvcache.tiers.index.row_set import RowSet
+from kvcache.tiers.index.slots import Slots
+from kvcache.tiers.index.tenants import NO_TAG, NOBODY, Tenants
+from kvcache.tiers.index.tier_index import Mark, TierIndex
 from kvcache.tiers.interface import LowerTier, Owner, Slot
-from kvcache.tiers.retention import Promises
-from kvcache.tiers.row_set import RowSet
-from kvcache.tiers.slots import Slots
-from kvcache.tiers.tenants import NO_TAG, NOBODY, Tenants
 
 TENANT = tenant_tag("a")
 

@@ -9,8 +9,8 @@ from io_rig import BLOCK_BYTES, LAYOUT, WAIT_S, Rig, rig_of
 
 from baton.ids import BlockId
 from kvcache.tiers.interface import LowerTier, Slot
-from kvcache.tiers.io_job import Job
-from kvcache.tiers.restore import RestoreJob
+from kvcache.tiers.io.job import Job
+from kvcache.tiers.io.restore import RestoreJob
 
 SEEDS = 1000
 STEPS = 12

@@ -7,7 +7,7 @@ from random import Random
 
 from io_rig import WAIT_S
 
-from kvcache.tiers.io_threads import IoThreads, Piece, Urgency
+from kvcache.tiers.io.threads import IoThreads, Piece, Urgency
 
 
 class Order:

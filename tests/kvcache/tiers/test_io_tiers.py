@@ -11,7 +11,7 @@ from io_rig import BLOCK_BYTES, LAYOUT, WAIT_S, rig_of
 
 from baton.ids import BlockId
 from kvcache.tiers.interface import Slot, SlotHeader
-from kvcache.tiers.restore_copies import stored_digests
+from kvcache.tiers.io.restore_copies import stored_digests
 
 
 def slots(*numbers: int) -> list[Slot]:
@@ -178,7 +178,7 @@ def test_a_bug_fails_its_job_and_is_logged(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_close_fails_what_waits_and_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcache.tiers.tier_io.CLOSE_S", 0.05)
+    monkeypatch.setattr("kvcache.tiers.io.tier_io.CLOSE_S", 0.05)
     with rig_of(faults=in_turn("hang")) as rig:
         rig.fill([0, 1])
         stuck = rig.io.demote(slots(0), slots(0), [rig.header(0)])

@@ -10,8 +10,8 @@ from io_rig import BLOCK_BYTES, LAYOUT, WAIT_S, Rig, rig_of
 
 from baton.ids import BlockId
 from kvcache.tiers.interface import Restored, Rows, Slot
-from kvcache.tiers.io_interface import IoSizes, VerifyDdr
-from kvcache.tiers.restore import RestoreJob
+from kvcache.tiers.io.interface import IoSizes, VerifyDdr
+from kvcache.tiers.io.restore import RestoreJob
 
 
 def in_turn(*faults: str) -> Callable[[], str]:

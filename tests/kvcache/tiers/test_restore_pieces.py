@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from baton.ids import BlockHash, BlockId
 from baton.layout import KVLayout
 from kvcache.tiers.interface import RestoreTiming, Slot
-from kvcache.tiers.io_interface import IoSizes, RestorePart
-from kvcache.tiers.restore_pieces import SAMPLE_EVERY, LayerCount, plan_restore, read_groups
-from kvcache.tiers.tier_speeds import UNKNOWN_BYTES_PER_S, TierSpeeds
+from kvcache.tiers.io.interface import IoSizes, RestorePart
+from kvcache.tiers.io.restore_pieces import SAMPLE_EVERY, LayerCount, plan_restore, read_groups
+from kvcache.tiers.io.speeds import UNKNOWN_BYTES_PER_S, TierSpeeds
 
 LAYOUT = KVLayout(layers=6, blocks=100, block_tokens=4, kv_heads=1, head_dim=8, dtype="float32")
 LAYER_BYTES = LAYOUT.block_bytes // LAYOUT.layers

@@ -23,10 +23,11 @@ from slot_rig import (
 )
 
 from baton.errors import SettingsError
-from kvcache.tiers import slot_directory
-from kvcache.tiers.disk_calls import DiskCalls
-from kvcache.tiers.slot_file import SlotFile
-from kvcache.tiers.slot_format import PAGE_BYTES, FileStamp, Superblock
+from kvcache.tiers.disk import slot_directory
+from kvcache.tiers.disk.disk_calls import DiskCalls
+from kvcache.tiers.disk.slot_file import SlotFile
+from kvcache.tiers.disk.slot_format import FileStamp, Superblock
+from kvcache.tiers.pages import PAGE_BYTES
 
 NAMES = [name_of(str(i)) for i in range(8)]
 

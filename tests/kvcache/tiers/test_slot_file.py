@@ -27,12 +27,12 @@ from slot_rig import (
 )
 
 from baton.ids import BlockHash
-from kvcache.tiers import slot_file, slot_scan
-from kvcache.tiers.disk_calls import Buffers, DiskCalls, zero
-from kvcache.tiers.host_memory import HostMemory
+from kvcache.tiers.disk import slot_file, slot_scan
+from kvcache.tiers.disk.disk_calls import Buffers, DiskCalls, zero
+from kvcache.tiers.disk.slot_file import SlotFile
 from kvcache.tiers.interface import Slot
-from kvcache.tiers.slot_file import SlotFile
-from kvcache.tiers.slot_format import PAGE_BYTES, whole_pages
+from kvcache.tiers.pages import PAGE_BYTES, whole_pages
+from kvcache.tiers.rows.host_memory import HostMemory
 
 
 def names(count: int) -> list[BlockHash]:

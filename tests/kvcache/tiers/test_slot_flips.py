@@ -9,8 +9,9 @@ from random import Random
 import pytest
 from slot_rig import PAYLOAD_BYTES, file_bytes, is_served, name_of, open_file, opened, scanned, write_blocks
 
-from kvcache.tiers.slot_file import SlotFile
-from kvcache.tiers.slot_format import HEADER_BYTES, HEADERS_OFFSET, PAGE_BYTES
+from kvcache.tiers.disk.slot_file import SlotFile
+from kvcache.tiers.disk.slot_format import HEADER_BYTES, HEADERS_OFFSET
+from kvcache.tiers.pages import PAGE_BYTES
 
 SLOTS = 6
 NAMES = [name_of(f"flip {i}") for i in range(SLOTS)]

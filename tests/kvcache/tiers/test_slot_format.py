@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from slot_rig import LAYOUT, OTHER_STAMP, STAMP
 
 from baton.ids import BlockHash, TenantTag
-from kvcache.tiers.interface import SlotHeader
-from kvcache.tiers.slot_format import (
+from kvcache.tiers.disk.slot_format import (
     HEADER_BYTES,
-    PAGE_BYTES,
     HeaderFormat,
     Superblock,
     file_stamp,
     pack_superblock,
     unpack_superblock,
 )
+from kvcache.tiers.interface import SlotHeader
+from kvcache.tiers.pages import PAGE_BYTES
 
 WORD = st.integers(0, 2**64 - 1)
 SUPERBLOCKS = st.builds(

@@ -7,7 +7,7 @@ from random import Random
 
 from crash_rig import Done, killed_at_seeded_points
 
-from kvcache.tiers.disk_calls import DiskCalls
+from kvcache.tiers.disk.disk_calls import DiskCalls
 from tests.kvcache.tiers.store_rig import StoreRig
 from tests.kvcache.tiers.store_world import chain
 

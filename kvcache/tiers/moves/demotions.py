@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from kvcache.tiers.index import Mark
+from kvcache.tiers.index.shelves import Shelves
+from kvcache.tiers.index.tier_index import Mark
+from kvcache.tiers.index.worth import Worth
 from kvcache.tiers.interface import LowerTier, Slot
-from kvcache.tiers.shelves import Shelves
-from kvcache.tiers.store_io import Job, StoreIo
-from kvcache.tiers.worth import Worth
+from kvcache.tiers.moves.store_io import Job, StoreIo
 
 LOW_DIVISOR: Final = 32
 """When fewer than one in so many of DDR's slots are free, room is made until half as many more are: what HBM evicts at

@@ -8,9 +8,9 @@ import numpy as np
 
 from kvcache.eviction.interface import Floats, KeepPolicy
 from kvcache.name_table import Rows
-from kvcache.tiers.index import Mark, TierIndex
+from kvcache.tiers.index.row_set import RowSet
+from kvcache.tiers.index.tier_index import Mark, TierIndex
 from kvcache.tiers.interface import LowerTier
-from kvcache.tiers.row_set import RowSet
 
 SAMPLE: Final = 128
 """Of the blocks that may go, so many are drawn for every PER_SAMPLE that must, and the worst of them go: the worst of

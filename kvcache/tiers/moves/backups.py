@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 
 from kvcache.name_table import Rows
-from kvcache.tiers.demotions import ROOM_DIVISOR, Demotions
-from kvcache.tiers.index import Mark
-from kvcache.tiers.shelves import Shelves
+from kvcache.tiers.index.shelves import Shelves
+from kvcache.tiers.index.tier_index import Mark
+from kvcache.tiers.moves.demotions import ROOM_DIVISOR, Demotions
 
 LITTLE_DIVISOR: Final = 64
 """With fewer free slots than one in so many it does not look for anything: demotions need them."""

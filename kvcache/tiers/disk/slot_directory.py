@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.errors import SettingsError
-from kvcache.tiers.disk_calls import DiskCalls
-from kvcache.tiers.slot_format import PAGE_BYTES, SUPERBLOCKS, Superblock, pack_superblock, unpack_superblock
+from kvcache.tiers.disk.disk_calls import DiskCalls
+from kvcache.tiers.disk.slot_format import SUPERBLOCKS, Superblock, pack_superblock, unpack_superblock
+from kvcache.tiers.pages import PAGE_BYTES
 
 log = logging.getLogger(__name__)
 

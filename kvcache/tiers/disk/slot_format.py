@@ -16,9 +16,8 @@ from typing import Any, NewType
 from baton.ids import BlockHash, TenantTag
 from baton.layout import KVLayout
 from kvcache.tiers.interface import SlotHeader, StorageFormat
+from kvcache.tiers.pages import PAGE_BYTES, whole_pages
 
-PAGE_BYTES = 4096
-"""Direct I/O wants offsets, sizes and addresses in whole sectors; a page is a whole number of any disk's."""
 FORMAT_VERSION = 1
 SUPERBLOCKS = 2
 """Mirrors, written one after the other: whichever of the two writes a crash tears, the other copy is whole."""
@@ -44,10 +43,6 @@ def file_stamp(fingerprint: str, layout: KVLayout, storage: StorageFormat, paylo
     fields: list[str | int] = [FORMAT_VERSION, fingerprint, layout.layers, layout.block_tokens, layout.kv_heads]
     fields += [layout.head_dim, layout.dtype, storage, payload_bytes]
     return FileStamp(sha256(json.dumps(fields).encode()).digest())
-
-
-def whole_pages(size_bytes: int) -> int:
-    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def slot_bytes(payload_bytes: int) -> int:

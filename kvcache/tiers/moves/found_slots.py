@@ -9,8 +9,8 @@ import numpy as np
 
 from baton.ids import TenantTag
 from kvcache.name_table import NO_ROW
+from kvcache.tiers.index.shelves import Shelves
 from kvcache.tiers.interface import Slot, SlotHeader
-from kvcache.tiers.shelves import Shelves
 
 WAITING_MAX: Final = 8192
 """Headers that wait for the engine's thread; then the scan does."""

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from baton.ids import BlockId
 from baton.layout import KVLayout
 from kvcache.tiers.interface import Rows, Slot
-from kvcache.tiers.runs import runs_of
+from kvcache.tiers.rows.runs import runs_of
 
 Slices = NDArray[np.uint8]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvcache.tiers.interface import Rows
-from kvcache.tiers.slot_format import whole_pages
+from kvcache.tiers.pages import whole_pages
 
 
 class HostMemory:

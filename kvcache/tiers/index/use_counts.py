@@ -8,7 +8,7 @@ import numpy as np
 
 from baton.ids import BlockHash
 from kvcache.eviction.interface import KeepPolicy
-from kvcache.tiers.index import TierIndex
+from kvcache.tiers.index.tier_index import TierIndex
 
 NAMES: Final = 256
 """Told when so many are waiting,"""

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from baton.digest import digests_of
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvcache.tiers.codec import Codec
-from kvcache.tiers.copier import places, slices_of
 from kvcache.tiers.interface import BlockCopier, Rows, Slot
-from kvcache.tiers.restore_copies import first_slots, stored_digests
-from kvcache.tiers.staging import Staging
+from kvcache.tiers.io.restore_copies import first_slots, stored_digests
+from kvcache.tiers.rows.codec import Codec
+from kvcache.tiers.rows.copier import places, slices_of
+from kvcache.tiers.rows.staging import Staging
 
 BATCH_BYTES = 4 * 2**20
 """Copied and digested at a time: still in the processor's cache when it is digested, and enough that the calls of numpy

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from baton.ids import BlockId
 from kvcache.tiers.interface import LowerTier, Restore, Slot, SlotHeader
-from kvcache.tiers.io_interface import RestorePart
+from kvcache.tiers.io.interface import RestorePart
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.ids import BlockHash, BlockId
-from kvcache.tiers.index import Mark
+from kvcache.tiers.index.shelves import LOWER, Shelves
+from kvcache.tiers.index.tier_index import Mark
 from kvcache.tiers.interface import LowerTier, Restored, Slot
-from kvcache.tiers.io_interface import RestorePart
-from kvcache.tiers.shelves import LOWER, Shelves
-from kvcache.tiers.store_io import RunningRestore, StoreIo
+from kvcache.tiers.io.interface import RestorePart
+from kvcache.tiers.moves.store_io import RunningRestore, StoreIo
 
 
 @dataclass(frozen=True, slots=True)

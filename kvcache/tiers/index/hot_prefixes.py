@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from kvcache.tiers.index import USES_MAX, TierIndex
+from kvcache.tiers.index.tier_index import USES_MAX, TierIndex
 from kvcache.tiers.interface import HotPrefix
 
 ROWS_MAX: Final = 65_536

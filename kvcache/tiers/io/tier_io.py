@@ -9,17 +9,17 @@ from typing import TypeVar
 
 from baton.ids import BlockId
 from baton.layout import KVLayout
-from kvcache.tiers.codec import Codec
 from kvcache.tiers.interface import BlockCopier, LowerTier, Slot, SlotHeader
-from kvcache.tiers.io_interface import IoSizes, PoolDigests, RestorePart, RowMemory, SlotIo, VerifyDdr
-from kvcache.tiers.io_job import Job
-from kvcache.tiers.io_threads import THREADS, IoThreads, Piece, Urgency, closed, failure_of
-from kvcache.tiers.offload import Offload
-from kvcache.tiers.restore import RestoreJob
-from kvcache.tiers.restore_copies import RestoreCopies
-from kvcache.tiers.restore_pieces import RestorePiece, plan_restore
-from kvcache.tiers.staging import Staging
-from kvcache.tiers.tier_speeds import TierSpeeds
+from kvcache.tiers.io.interface import IoSizes, PoolDigests, RestorePart, RowMemory, SlotIo, VerifyDdr
+from kvcache.tiers.io.job import Job
+from kvcache.tiers.io.offload import Offload
+from kvcache.tiers.io.restore import RestoreJob
+from kvcache.tiers.io.restore_copies import RestoreCopies
+from kvcache.tiers.io.restore_pieces import RestorePiece, plan_restore
+from kvcache.tiers.io.speeds import TierSpeeds
+from kvcache.tiers.io.threads import THREADS, IoThreads, Piece, Urgency, closed, failure_of
+from kvcache.tiers.rows.codec import Codec
+from kvcache.tiers.rows.staging import Staging
 
 T = TypeVar("T")
 LeaveDisk = Callable[[], None]

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from math import inf
 
 from baton.ids import TenantTag
-from kvcache.tiers.deadlines import Deadlines
-from kvcache.tiers.index import Mark, TierIndex
+from kvcache.tiers.index.deadlines import Deadlines
+from kvcache.tiers.index.tier_index import Mark, TierIndex
 from kvcache.tiers.interface import Owner
 
 

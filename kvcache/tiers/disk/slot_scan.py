@@ -3,9 +3,10 @@
 import os
 from collections.abc import Callable
 
-from kvcache.tiers.disk_calls import DiskCalls, advise
+from kvcache.tiers.disk.disk_calls import DiskCalls, advise
+from kvcache.tiers.disk.slot_format import HEADER_BYTES, HeaderFormat
 from kvcache.tiers.interface import Slot, SlotHeader
-from kvcache.tiers.slot_format import HEADER_BYTES, PAGE_BYTES, HeaderFormat
+from kvcache.tiers.pages import PAGE_BYTES
 
 Found = Callable[[Slot, SlotHeader], None]
 BATCH_SLOTS = 256

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from baton.layout import KVLayout
 from kvcache.tiers.interface import Rows, Slot, StorageFormat
-from kvcache.tiers.narrow_floats import LARGEST, Floats, narrow, widened
+from kvcache.tiers.rows.narrow_floats import LARGEST, Floats, narrow, widened
 
 STEPS = 127
 """Of int8 on either side of zero."""

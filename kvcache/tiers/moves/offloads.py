@@ -10,12 +10,12 @@ import numpy as np
 
 from baton.ids import BlockHash, BlockId
 from kvcache.name_table import NO_ROW
-from kvcache.tiers.demotions import ROOM_DIVISOR, Demotions
-from kvcache.tiers.index import Mark
+from kvcache.tiers.index.shelves import Shelves
+from kvcache.tiers.index.tier_index import Mark
+from kvcache.tiers.index.worth import Worth
 from kvcache.tiers.interface import PoolView, Slot
-from kvcache.tiers.shelves import Shelves
-from kvcache.tiers.store_io import Job, StoreIo
-from kvcache.tiers.worth import Worth
+from kvcache.tiers.moves.demotions import ROOM_DIVISOR, Demotions
+from kvcache.tiers.moves.store_io import Job, StoreIo
 
 AHEAD: Final = 64
 """Blocks that are copied down before they are evicted: more than most steps evict."""

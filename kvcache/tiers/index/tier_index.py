@@ -16,9 +16,9 @@ from baton.ids import BlockHash, TenantTag
 from baton.latency import TIERS, Tier
 from kvcache.eviction.interface import Candidates, Counts
 from kvcache.name_table import NO_ROW, NameTable, Rows
+from kvcache.tiers.index.row_set import RowSet
+from kvcache.tiers.index.tenants import Tenants
 from kvcache.tiers.interface import LowerTier, SlotHeader, StorageFormat
-from kvcache.tiers.row_set import RowSet
-from kvcache.tiers.tenants import Tenants
 
 USES_MAX: Final = 2**16 - 1
 COPIES_MAX: Final = 2**8 - 2

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from baton.ids import BlockHash
 from baton.latency import Tier
 from kvcache.name_table import NO_ROW, Rows, names_of
-from kvcache.tiers.deadlines import Deadlines
-from kvcache.tiers.index import Mark, TierIndex
+from kvcache.tiers.index.deadlines import Deadlines
+from kvcache.tiers.index.promises import Promises
+from kvcache.tiers.index.slots import Slots
+from kvcache.tiers.index.tier_index import Mark, TierIndex
 from kvcache.tiers.interface import LowerTier, Slot, SlotHeader, StorageFormat, TierState
-from kvcache.tiers.retention import Promises
-from kvcache.tiers.slots import Slots
 
 log = logging.getLogger(__name__)
 CHANGED_MAX: Final = 4096

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 
 from baton.digest import slice_digests, unsigned
 from baton.ids import BlockId
-from kvcache.tiers.codec import Codec
-from kvcache.tiers.copier import places
 from kvcache.tiers.interface import BlockCopier, Rows, Slot, SlotHeader
-from kvcache.tiers.io_interface import PoolDigests, RowMemory, SlotIo
-from kvcache.tiers.restore import CORRUPT, RestoreJob
-from kvcache.tiers.restore_pieces import RestorePiece
-from kvcache.tiers.staging import Staging
+from kvcache.tiers.io.interface import PoolDigests, RowMemory, SlotIo
+from kvcache.tiers.io.restore import CORRUPT, RestoreJob
+from kvcache.tiers.io.restore_pieces import RestorePiece
+from kvcache.tiers.rows.codec import Codec
+from kvcache.tiers.rows.copier import places
+from kvcache.tiers.rows.staging import Staging
 
 BATCH_BYTES = 512 * 1024
 """Stored bytes that are digested at a time: they and what that takes stay in the processor's cache."""

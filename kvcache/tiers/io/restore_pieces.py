@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 
 from baton.layout import KVLayout
 from kvcache.tiers.interface import LowerTier, StorageFormat
-from kvcache.tiers.io_interface import IoSizes, RestorePart, VerifyDdr
+from kvcache.tiers.io.interface import IoSizes, RestorePart, VerifyDdr
 
 SAMPLE_EVERY = 16
 """Of the blocks from DDR, where a sample is verified."""

@@ -18,21 +18,13 @@ import numpy as np
 
 from baton.errors import SettingsError
 from baton.ids import BlockHash
-from kvcache.tiers.disk_calls import REAL_CALLS, DiskCalls, advise, open_direct
-from kvcache.tiers.host_memory import HostMemory
+from kvcache.tiers.disk.disk_calls import REAL_CALLS, DiskCalls, advise, open_direct
+from kvcache.tiers.disk.slot_directory import LockedFile, claim, closed_on_error
+from kvcache.tiers.disk.slot_format import HEADER_BYTES, HEADERS_OFFSET, FileStamp, HeaderFormat, Superblock, slot_bytes
+from kvcache.tiers.disk.slot_scan import scan_headers
 from kvcache.tiers.interface import Rows, Slot, SlotHeader
-from kvcache.tiers.slot_directory import LockedFile, claim, closed_on_error
-from kvcache.tiers.slot_format import (
-    HEADER_BYTES,
-    HEADERS_OFFSET,
-    PAGE_BYTES,
-    FileStamp,
-    HeaderFormat,
-    Superblock,
-    slot_bytes,
-    whole_pages,
-)
-from kvcache.tiers.slot_scan import scan_headers
+from kvcache.tiers.pages import PAGE_BYTES, whole_pages
+from kvcache.tiers.rows.host_memory import HostMemory
 
 RUN_BYTES_MAX = 4 * 2**20
 """Read or written by one system call: past it nothing is won, and nobody can be quicker than the call before."""

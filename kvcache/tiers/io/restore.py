@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from baton.digest import sum_of
 from kvcache.tiers.interface import LowerTier, Restored, RestoreTiming, SlotHeader
-from kvcache.tiers.restore_pieces import LayerCount, RestorePlan
-from kvcache.tiers.tier_speeds import TierSpeeds
+from kvcache.tiers.io.restore_pieces import LayerCount, RestorePlan
+from kvcache.tiers.io.speeds import TierSpeeds
 
 CORRUPT = "A block was not what was stored: its digest is another."
 

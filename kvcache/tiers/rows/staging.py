@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvcache.tiers.host_memory import HostMemory
 from kvcache.tiers.interface import Rows
+from kvcache.tiers.rows.host_memory import HostMemory
 
 
 class Staging:

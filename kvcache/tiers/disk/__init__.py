@@ -1,0 +1,1 @@
+"""The SSD tier's file: slots with headers, found again after a restart."""

@@ -1,0 +1,1 @@
+"""What the tiers know of blocks: where they lie, whose they are, and what keeping them is worth."""

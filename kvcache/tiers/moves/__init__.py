@@ -1,0 +1,1 @@
+"""Which blocks go down, up and out, and when."""
