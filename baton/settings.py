@@ -141,6 +141,10 @@ class WorkerSettings(ServiceSettings):
     verify: Literal["always", "sampled", "never"] = Field(
         "always", description="Which KV blocks are checked against their digests where they land"
     )
+    verify_ddr: Literal["always", "sampled", "never"] = Field(
+        "sampled",
+        description="Which KV blocks are checked as they come up from host memory; those from the SSD always are",
+    )
     metrics_port: Port | None = Field(None, ge=0, le=65535, description="Prometheus port; unset: none")
     worker_id: str | None = Field(None, description="Default: role and a random suffix")
     pool: str = Field("default", min_length=1, description="Pool this worker belongs to, such as its GPU type")

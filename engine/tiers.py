@@ -53,7 +53,7 @@ def open_lower_tiers(
         copier=_copier(region),
         digests=_digests(region),
         saved_s=costs.block_s,
-        verify_ddr=settings.verify,
+        verify_ddr=settings.verify_ddr,
         pin=pin_for_device if on_cuda else None,
     )
     if tiers is None:

@@ -61,7 +61,11 @@ class Landing:
         return all(self._is_right)
 
     @property
+    def leading(self) -> int:
+        """So many blocks from the first on are right."""
+        return self._is_right.index(False) if False in self._is_right else self.sent
+
+    @property
     def digests(self) -> tuple[int, ...]:
-        """Of the leading blocks that are right."""
-        leading = self._is_right.index(False) if False in self._is_right else self.sent
-        return tuple(self._digests[:leading])
+        """Of these."""
+        return tuple(self._digests[: self.leading])

@@ -59,7 +59,7 @@ def run(
         rates = restore_rates(SHAPE, scratch, RESTORE_BYTES, compression)
         advance()
         make_model(model := scratch / "model", SHAPE)
-        advance = partial(progress.advance, progress.add_task("prompts", total=turns * len(lengths)))
+        advance = partial(progress.advance, progress.add_task("prompts", total=2 * (turns * len(lengths) + 1)))
         with workers(model, scratch, scratch, compression) as running:
             samples: list[Sample] = uvloop.run(measure(running, SHAPE, lengths, turns, seed, advance))
         advance = partial(progress.advance, progress.add_task("steps", total=2))
@@ -91,7 +91,10 @@ def rate_table(measured: Measured) -> Table:
     for rate in measured.rates:
         of_memcpy, of_disk = rate.gb_per_s / measured.memcpy_gb_per_s, rate.gb_per_s / measured.disk_read_gb_per_s
         made.add_row(
-            rate.source, f"{rate.gb_per_s:.2f}", f"{of_memcpy:.2f}", f"{of_disk:.2f}" if rate.source == "ssd" else ""
+            rate.source if rate.is_default else f"{rate.source}, verified {rate.verified}",
+            f"{rate.gb_per_s:.2f}",
+            f"{of_memcpy:.2f}",
+            f"{of_disk:.2f}" if rate.source == "ssd" else "",
         )
     made.add_row("one memcpy", f"{measured.memcpy_gb_per_s:.2f}", "", "")
     how = "direct" if measured.is_direct else "through the page cache"

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from itertools import count
 
 import grpc.aio
@@ -18,34 +19,42 @@ from bench.tiers.figures import BLOCK_TOKENS, Rate, Sample, Source
 from bench.tiers.workers import POOL_BLOCKS, Workers
 
 FILLER_TOKENS = 8192
-FRESH_FILLERS = 2
-"""What is on the SSD already pushes nothing out of DDR there: only what is new does, which has to be computed."""
+LAPS = 2
+"""Of fillers, each as much as the pool holds: what was used again has a second chance."""
 FILLER_BLOCKS = FILLER_TOKENS // BLOCK_TOKENS
 LINK_TOKENS = 4096
 """Of a filler, which the peer fetches to make its link: what it may take is what computing them would."""
-EVICTIONS_MAX = 4
-"""Rounds of fillers until a prompt has left the tiers above the one wanted."""
-FOUND_SHARE_MIN = 0.75
-"""Of a prompt's whole blocks, that lay in the tier: the policy may have kept some of them above it."""
+FOUND_SHARE_MIN = 0.9
+"""Of a prompt's whole blocks, that lay in the tier."""
 COLD_MAX_S = 60.0
 SETTLED_POLL_S = 0.1
 SETTLED_POLLS_MAX = 100
 TIERS: Mapping[Source, "events_pb2.Tier"] = {"ddr": events_pb2.TIER_DDR, "ssd": events_pb2.TIER_SSD}
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A prompt whose KV was computed on the worker with an SSD."""
+
+    prompt: Sequence[int]
+    salt: str
+    turn: int
+    cold_s: float
+
+
 class Driver:
     def __init__(
         self,
         workers: Workers,
-        calls: Mapping[str, ServeCall],
-        stubs: Mapping[str, worker_pb2_grpc.WorkerStub],
+        connections: "Connections",
         vocabulary: int,
         seed: int,
     ) -> None:
-        self._workers, self._calls, self._stubs, self._vocabulary = workers, calls, stubs, vocabulary
+        self._workers, self._connections, self._vocabulary = workers, connections, vocabulary
         self._random, self._numbers = random.Random(seed), count()
-        self._fillers = [self._prompt(FILLER_TOKENS) for _ in range(max(map(fillers_for, POOL_BLOCKS.values())))]
+        self._fillers = [self._prompt(FILLER_TOKENS) for _ in range(fillers_for(POOL_BLOCKS["ddr"]))]
         """Prompts whose only use is to push others out; they soon come from lower tiers themselves, which is quick."""
+        self._stored: list[Stored] = []
 
     async def turn(self, tokens: int, turn: int) -> list[Sample]:
         """One prompt, from every source; new to all caches at first."""
@@ -54,16 +63,32 @@ class Driver:
         samples = [_sample("cold", prompt, turn, cold, cold_s, cold_s)]
         hbm, hbm_s = await self._ask("ddr", prompt, salt)
         samples.append(_sample("hbm", prompt, turn, hbm, hbm_s, cold_s))
+        await self._evict()
         samples.append(await self._from_tier("ddr", prompt, salt, turn, cold_s))
         samples.append(await self._from_peer(prompt, salt, turn, cold_s))
         _, ssd_cold_s = await self._ask("ssd", prompt, salt)
-        samples.append(await self._from_tier("ssd", prompt, salt, turn, ssd_cold_s))
+        self._stored.append(Stored(prompt, salt, turn, ssd_cold_s))
         return samples
+
+    async def restart(self) -> None:
+        """The worker with an SSD is killed, and starts again with nothing but its file."""
+        await self._settled("ssd")
+        await self._connections.close("ssd")
+        self._workers.restart("ssd")
+        await self._connections.open("ssd")
+        await self._settled("ssd")
+
+    async def from_ssd(self, advance: Callable[[], None]) -> list[Sample]:
+        """After `restart`: every prompt once more. The first, in which code is warmed up, does not count."""
+        samples = []
+        for stored in self._stored:
+            samples.append(await self._from_tier("ssd", stored.prompt, stored.salt, stored.turn, stored.cold_s))
+            advance()
+        return samples[1:]
 
     async def warm_up(self) -> None:
         """Computes the fillers, and makes the link to the peer."""
-        for worker in ("ddr", "ssd"):
-            await self._evict(worker)
+        await self._evict()
         for number, filler in enumerate(self._fillers):
             prompt = filler[:LINK_TOKENS]
             sample = await self._from_peer(prompt, filler_salt(number), 0, COLD_MAX_S)
@@ -72,19 +97,18 @@ class Driver:
         raise RequestFailed("nothing comes from the peer")
 
     async def _from_tier(self, source: Source, prompt: Sequence[int], salt: str, turn: int, cold_s: float) -> Sample:
+        """It must lie there, and nowhere above."""
         whole = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-        for _ in range(EVICTIONS_MAX):
-            await self._evict(source)
-            before = await self._hit_tokens(source)
-            output, ttft_s = await self._ask(source, prompt, salt)
-            found = await self._hit_tokens(source) - before
-            if found >= FOUND_SHARE_MIN * whole:
-                return _sample(source, prompt, turn, output, ttft_s, cold_s)
-        raise RequestFailed(f"{len(prompt)} tokens never lay in {source}: {found} of {whole} did")
+        before = await self._hit_tokens(source)
+        output, ttft_s = await self._ask(source, prompt, salt)
+        found = await self._hit_tokens(source) - before
+        if found < FOUND_SHARE_MIN * whole:
+            raise RequestFailed(f"of {whole} tokens only {found} lay in {source}")
+        return _sample(source, prompt, turn, output, ttft_s, cold_s)
 
     async def _from_peer(self, prompt: Sequence[int], salt: str, turn: int, cold_s: float) -> Sample:
         """Its blocks lie in DDR there. What does not come in time is computed: the sample says how much came."""
-        await self._evict("ddr")
+        await self._evict()
         blocks = (len(prompt) - 1) // BLOCK_TOKENS
         plan = common_pb2.FetchPlan(
             worker_id="peer",
@@ -96,15 +120,11 @@ class Driver:
         output, ttft_s = await self._ask("peer", prompt, salt, plan)
         return _sample("peer", prompt, turn, output, ttft_s, cold_s)
 
-    async def _evict(self, worker: str) -> None:
-        if worker == "ssd":
-            fillers = [(self._prompt(FILLER_TOKENS), f"fresh-{next(self._numbers)}") for _ in range(FRESH_FILLERS)]
-        else:
-            known = self._fillers[: fillers_for(POOL_BLOCKS[worker])]
-            fillers = [(filler, filler_salt(number)) for number, filler in enumerate(known)]
-        for filler, salt in fillers:
-            await self._ask(worker, filler, salt)
-        await self._settled(worker)
+    async def _evict(self) -> None:
+        """Out of the pool of the worker with DDR alone."""
+        for number, filler in LAPS * list(enumerate(self._fillers)):
+            await self._ask("ddr", filler, filler_salt(number))
+        await self._settled("ddr")
 
     async def _settled(self, worker: str) -> None:
         """Returns when no block moves on by itself any more."""
@@ -117,7 +137,9 @@ class Driver:
         raise RequestFailed(f"the tiers of worker {worker} do not come to rest")
 
     async def _status(self, worker: str) -> worker_pb2.CacheStatus:
-        status: worker_pb2.CacheStatus = await self._stubs[worker].GetCacheStatus(worker_pb2.GetCacheStatusRequest())
+        status: worker_pb2.CacheStatus = await self._connections.stubs[worker].GetCacheStatus(
+            worker_pb2.GetCacheStatusRequest()
+        )
         return status
 
     async def _hit_tokens(self, source: Source) -> int:
@@ -134,7 +156,7 @@ class Driver:
             cache_salt=salt,
             fetch=plan,
         )
-        output, ttft_s = await first_output(self._calls[worker], submit)
+        output, ttft_s = await first_output(self._connections.calls[worker], submit)
         if output.error:
             raise RequestFailed(f"worker {worker}, {len(prompt)} tokens: {output.error}")
         return output, ttft_s
@@ -163,22 +185,48 @@ def _sample(
 async def measure(
     workers: Workers, shape: Shape, lengths: Sequence[int], turns: int, seed: int, advance: Callable[[], None]
 ) -> list[Sample]:
-    """Lengths take turns; one turn of the shortest, in which code is warmed up, does not count."""
-    async with AsyncExitStack() as stack:
-        calls = await stack.enter_async_context(serving(workers.addresses))
-        stubs = {}
-        for name, address in workers.addresses.items():
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, CHANNEL_OPTIONS))
-            stubs[name] = worker_pb2_grpc.WorkerStub(channel)
-        driver = Driver(workers, calls, stubs, shape.vocabulary, seed)
+    """Lengths take turns; one turn of the shortest, in which code is warmed up, does not count. `advance` is called
+    twice for each length and turn, and twice more."""
+    connections = Connections(workers)
+    try:
+        for name in workers.addresses:
+            await connections.open(name)
+        driver = Driver(workers, connections, shape.vocabulary, seed)
         await driver.warm_up()
-        await driver.turn(min(lengths), 0)
+        await driver.turn(min(lengths), -1)
+        advance()
         samples = list[Sample]()
         for turn in range(turns):
             for tokens in lengths:
                 samples += await driver.turn(tokens, turn)
                 advance()
-        return samples
+        await driver.restart()
+        return samples + await driver.from_ssd(advance)
+    finally:
+        for name in workers.addresses:
+            await connections.close(name)
+
+
+class Connections:
+    """To workers by name."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._open: dict[str, AsyncExitStack] = {}
+        self.calls: dict[str, ServeCall] = {}
+        self.stubs: dict[str, worker_pb2_grpc.WorkerStub] = {}
+
+    async def open(self, name: str) -> None:
+        address = self._workers.addresses[name]
+        stack = self._open[name] = AsyncExitStack()
+        calls = await stack.enter_async_context(serving({name: address}))
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, CHANNEL_OPTIONS))
+        self.calls[name], self.stubs[name] = calls[name], worker_pb2_grpc.WorkerStub(channel)
+
+    async def close(self, name: str) -> None:
+        """Idempotent."""
+        if (stack := self._open.pop(name, None)) is not None:
+            await stack.aclose()
 
 
 def peer_rate(samples: Sequence[Sample], shape: Shape) -> Rate:

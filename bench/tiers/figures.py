@@ -35,8 +35,8 @@ class Sample:
         return self.reused_tokens >= (self.tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
-VERIFIED_BY_DEFAULT = "always"
-"""What `verify` is unless workers are told otherwise."""
+VERIFIED_BY_DEFAULT = "sampled"
+"""What `verify_ddr` is unless workers are told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

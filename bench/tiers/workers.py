@@ -1,26 +1,39 @@
 """The workers that bench.tiers measures: two with tiers, and one that fetches from the first."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from bench.worker_processes import ready_address, redis, secret_file, start_worker
+from bench.worker_processes import Process, ready_address, redis, secret_file, start_worker
 
 POOL_BLOCKS: Mapping[str, int] = {"ddr": 1060, "ssd": 300, "peer": 1060}
-"""Of 32 tokens. 300: a prompt of 8,192 and little more, so that two others push it out. Where prompts are fetched, four
-and little more: no more than a quarter of a pool is filled by fetches, or for them, at one time."""
+"""Of 32 tokens. 300: a prompt of 8,192 and little more. Where prompts are fetched, four and little more: no more than a
+quarter of a pool is filled by fetches, or for them, at one time."""
 DDR_BYTES = 2**30
-SMALL_DDR_BYTES = 48 * 2**20
-"""Of the worker whose blocks soon go on to the SSD: three in four of a prompt of 8,192 tokens."""
-SSD_BYTES = 2**30
+SSD_BYTES = 4 * 2**30
 
 
-@dataclass(frozen=True, slots=True)
 class Workers:
-    """gRPC addresses by what they are for: `ddr` has much host memory, `ssd` little and a file, `peer` neither."""
+    """By what they are for: `ddr` has host memory below its pool, `ssd` a file as well, `peer` neither."""
 
-    addresses: Mapping[str, str]
+    def __init__(self, stack: ExitStack, flags: Mapping[str, Sequence[str]]) -> None:
+        """Starts them one after the other: each measures its own speed at the start."""
+        self._stack, self._flags = stack, flags
+        self._processes: dict[str, Process] = {}
+        self.addresses: dict[str, str] = {}
+        """Of their gRPC servers."""
+        for name in flags:
+            self._start(name)
+
+    def restart(self, name: str) -> None:
+        """Kills it, with nothing said before, and starts it again."""
+        self._processes[name].kill()
+        self._processes[name].wait()
+        self._start(name)
+
+    def _start(self, name: str) -> None:
+        process = self._processes[name] = start_worker(self._stack, "decode-worker", self._flags[name])
+        self.addresses[name] = ready_address(process)
 
 
 @contextmanager
@@ -38,12 +51,8 @@ def workers(model: Path, directory: Path, disk: Path, compression: str) -> Itera
         ]
         tiers = {
             "ddr": [f"--ddr-bytes={DDR_BYTES}"],
-            "ssd": [f"--ddr-bytes={SMALL_DDR_BYTES}", f"--ssd-dir={disk}", f"--ssd-bytes={SSD_BYTES}"],
+            "ssd": [f"--ddr-bytes={DDR_BYTES}", f"--ssd-dir={disk}", f"--ssd-bytes={SSD_BYTES}"],
             "peer": [],
         }
-        addresses = {}
-        for name, own in tiers.items():  # one after the other: each measures its own speed at the start
-            addresses[name] = ready_address(
-                start_worker(stack, "decode-worker", [*flags, f"--kv-blocks={POOL_BLOCKS[name]}", *own])
-            )
-        yield Workers(addresses)
+        pools = {name: f"--kv-blocks={blocks}" for name, blocks in POOL_BLOCKS.items()}
+        yield Workers(stack, {name: [*flags, pools[name], *own] for name, own in tiers.items()})

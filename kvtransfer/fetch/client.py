@@ -35,6 +35,10 @@ class FetchCancelled(BatonError):
     """The caller took the ticket back."""
 
 
+class NoLink(BatonError):
+    """There is none to the sender; it is being made, if that is possible."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """How a fetch ended. Of the blocks that were reserved the first `blocks` hold what they should, verified; the
@@ -43,8 +47,8 @@ class Fetched:
     digests: tuple[int, ...]
     """Of each block that was fetched; zeros where the sender makes none."""
     error: BatonError | None
-    """Why the rest did not come: Unavailable, TransferError, Unauthorized, DeadlineExceeded or FetchCancelled. None:
-    the sender has no more of them."""
+    """Why the rest did not come: NoLink, Unavailable, TransferError, DeadlineExceeded or FetchCancelled. None: the
+    sender has no more of them."""
     transfer_bytes: int = 0
     transfer_s: float = 0.0
     """As the sender measured them, when it sent all that it has."""
@@ -76,6 +80,14 @@ class Fetcher:
         self._numbers = itertools.count()
         self._settling: set[asyncio.Task[None]] = set()
 
+    def is_linked(self, address: str) -> bool:
+        """Whether a fetch from there can begin."""
+        return self._links.present(address) is not None
+
+    def begin_link(self, address: str) -> None:
+        """Has the link made, which may take longer than what is to be fetched would take to compute."""
+        self._links.begin(address)
+
     async def fetch(
         self,
         address: str,
@@ -84,21 +96,28 @@ class Fetcher:
         blocks: Sequence[BlockId],
         deadline_s: float,
         cancelled: asyncio.Event,
+        landing: Landing | None = None,
     ) -> Fetched:
         """The longest run of `names` that the worker at this gRPC address has, into as many of `blocks`, which are the
-        caller's. Ends within `deadline_s` from now, and RELEASE_TIMEOUT_S and SETTLE_TIMEOUT_S after it or after
-        `cancelled`; a task that fetches is not to be cancelled, but for the worker's end."""
+        caller's. Waits for no link: where there is none, one is begun. Ends within `deadline_s` from now, and
+        RELEASE_TIMEOUT_S and SETTLE_TIMEOUT_S after it or after `cancelled`; a task that fetches is not to be
+        cancelled, but for the worker's end. In `landing`, which has heard of nothing yet, it can be seen how far it
+        has come."""
         assert len(names) == len(blocks) > 0
+        landing = landing or Landing(len(blocks))
         fetch = _Fetch(request_id, names, blocks, self._clock() + deadline_s, cancelled)
         try:
-            link = await self._link(address, fetch)
-            try:
-                return await self._fetch_by(link, fetch)
-            except UnknownLink as error:
-                log.info("request %s, %s: %s", request_id, link.worker_id, error)
-                self._links.drop(address, link)
-                return await self._fetch_by(await self._link(address, fetch), fetch)
-        except BatonError as error:
+            link = self._links.present(address)
+            if link is None:
+                raise NoLink("There is no link to the worker that has the blocks.")
+            return await self._fetch_by(link, fetch, landing)
+        except UnknownLink as error:
+            log.info("request %s, %s: %s", request_id, address, error)
+            self._links.drop(address, link)
+            self._links.begin(address)
+            return Fetched((), NoLink(str(error)))
+        except NoLink as error:
+            self._links.begin(address)
             return Fetched((), error)
 
     async def close(self) -> None:
@@ -107,16 +126,11 @@ class Fetcher:
             settling.cancel()
         await asyncio.gather(*self._settling, return_exceptions=True)
 
-    async def _link(self, address: str, fetch: "_Fetch") -> Link:
-        making = asyncio.ensure_future(self._links.to(address))
-        await self._until(making, fetch)
-        return making.result()
-
-    async def _fetch_by(self, link: Link, fetch: "_Fetch") -> Fetched:
+    async def _fetch_by(self, link: Link, fetch: "_Fetch", landing: Landing) -> Fetched:
         """Raises UnknownLink if nothing came for that reason alone."""
-        # A ticket of its own for each attempt: whether an earlier one is settled is another question.
+        # A ticket of its own for each fetch: whether a request's earlier one is settled is another question.
         ticket_id = RequestId(f"{fetch.request_id}/fetch-{next(self._numbers)}")
-        landing, sent, error = Landing(len(fetch.blocks)), transfer_pb2.FetchDone(), None
+        sent, error = transfer_pb2.FetchDone(), None
         try:
             offer = self._ports.open(link.transport, ticket_id, fetch.blocks)
             sent = await self._receive(link, self._ticket(ticket_id, offer, fetch), landing, fetch)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import grpc.aio
@@ -22,6 +23,8 @@ from kvtransfer.registry import Ports
 log = logging.getLogger(__name__)
 
 LINKS_MAX = 1024
+BEGUN_MAX = 32
+"""Being made at one time, past which none is begun that nobody waits for."""
 IDLE_S = 900.0
 """A link that no ticket was signed for this long is closed."""
 UNREACHABLE_S = 0.5
@@ -110,19 +113,36 @@ class Links:
         Raises Unavailable if the worker cannot be reached or is too busy, TransferError if it refused or no transport
         works, Unauthorized if the two do not hold the same secret; the same again for a short while.
         """
-        link = self._up.get(address)
-        if link is not None and link.is_up:
-            link.used_s = self._clock()
+        if link := self.present(address):
             return link
-        self._raise_remembered(address)
-        making = self._making.get(address)
-        if making is None:
-            making = self._making[address] = asyncio.create_task(self._make(address))
-            making.add_done_callback(lambda made: self._made(address, made))
+        if error := self._remembered(address):
+            raise error
+        making = self._making.get(address) or self._start(address)
         await asyncio.wait({making})
         if making.cancelled():
             raise Unavailable("This worker is shutting down.")
         return making.result()
+
+    def present(self, address: str) -> Link | None:
+        """The one that is up: for who cannot wait for one to be made."""
+        link = self._up.get(address)
+        if link is None or not link.is_up:
+            return None
+        link.used_s = self._clock()
+        return link
+
+    def begin(self, address: str) -> None:
+        """Has one made that nobody waits for, unless it is there, is being made, has failed a short while ago, or
+        BEGUN_MAX are being made."""
+        if address in self._making or len(self._making) >= BEGUN_MAX or self.present(address):
+            return
+        if self._remembered(address) is None:
+            self._start(address).add_done_callback(partial(_tell, address))
+
+    def _start(self, address: str) -> asyncio.Task[Link]:
+        making = self._making[address] = asyncio.create_task(self._make(address))
+        making.add_done_callback(lambda made: self._made(address, made))
+        return making
 
     def _made(self, address: str, making: asyncio.Task[Link]) -> None:
         del self._making[address]
@@ -145,14 +165,17 @@ class Links:
 
     # ---- failures
 
-    def _raise_remembered(self, address: str) -> None:
+    def _remembered(self, address: str) -> BatonError | None:
+        """Why none is made now."""
         if self._is_closed:
-            raise Unavailable("This worker is shutting down.")
+            return Unavailable("This worker is shutting down.")
         failure = self._failures.get(address)
-        if failure is not None:
-            if self._clock() < failure.until_s:
-                raise type(failure.error)(str(failure.error))
-            del self._failures[address]
+        if failure is None:
+            return None
+        if self._clock() < failure.until_s:
+            return type(failure.error)(str(failure.error))
+        del self._failures[address]
+        return None
 
     def _remember(self, address: str, error: BatonError) -> None:
         while len(self._failures) >= LINKS_MAX:
@@ -215,6 +238,12 @@ class Links:
                 del self._up[link.address]
             self._metrics.closed(opened)
             log.info("the link to %s by %s has ended", link.worker_id, link.transport)
+
+
+def _tell(address: str, making: asyncio.Task[Link]) -> None:
+    """How one ended that nobody may have waited for."""
+    if not making.cancelled() and (error := making.exception()):
+        log.info("there is no link to %s: %s", address, error)
 
 
 def _log(address: str, made: Made, link: OpenLink) -> None:
