@@ -1,9 +1,10 @@
 """Fetches the beginning of a prompt from the worker that the router's plan names, before the rest is computed.
 
-The request waits for it no longer than computing the same tokens would take, by the plan and by what this worker knows
-of itself: a little before that the fetch is taken back, so that what came by then counts. Whatever is not over by then
-goes on without the request, which computes what it lacks; the blocks come back to the pool when nobody writes into them
-any more.
+The request waits for it as engine/patience.py says, by what computing the same tokens would take, after the plan and
+after what this worker knows of itself. Then the fetch is taken back, so that what came by then counts. Whatever is not
+over soon goes on without the request, which computes what it lacks; the blocks come back to the pool when nobody writes
+into them any more. Nor does a request wait for a link to be made: where there is none to that worker, one is begun for
+the next request, and this one computes.
 """
 
 import asyncio
@@ -19,18 +20,18 @@ from baton.ids import BlockHash, BlockId, RequestId, WorkerId
 from baton.rpc import common_pb2
 from engine.acquire import acquire
 from engine.interface import Engine, Reserved, Retention
+from engine.patience import FETCH_SHARE, Patience
 from engine.prefetch_metrics import PrefetchMetrics
 from engine.running_fetch import RunningFetch
 from engine.sequence import root_of
 from engine.thread import EngineThread
 from kvcache.block_hash import block_hashes
 from kvtransfer.fetch.client import Fetched
+from kvtransfer.landing import Landing
 
 log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=Engine)
-FETCH_SHARE = 0.9
-"""Of the time there is, after which a fetch is taken back: the answer comes in the rest."""
 PREFETCHES_MAX = 64
 """At one time, with those that no request waits for any more; past it prompts are computed."""
 ROUNDS_MAX = 3
@@ -61,17 +62,21 @@ class _Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Wait:
-    """For some blocks of a fetch, so long at most."""
+    """For some blocks of a fetch."""
 
     fetch: RunningFetch
     names: Sequence[BlockHash]
-    within_s: float
+    patience: Patience
     is_own: bool
     """Begun for this request."""
 
 
 class BlockFetcher(Protocol):
     """kvtransfer.fetch.client.Fetcher, as it is used here."""
+
+    def is_linked(self, address: str) -> bool: ...
+
+    def begin_link(self, address: str) -> None: ...
 
     async def fetch(
         self,
@@ -81,6 +86,7 @@ class BlockFetcher(Protocol):
         blocks: Sequence[BlockId],
         deadline_s: float,
         cancelled: asyncio.Event,
+        landing: Landing,
     ) -> Fetched: ...
 
 
@@ -145,10 +151,10 @@ class Prefetcher(Generic[E]):
                 or await self._begin(asked, waited_s)
                 or self._join(asked, names, waited_s)  # there was no room, perhaps because somebody else had it
             )
-            if wait is None or wait.within_s <= 0:
+            if wait is None or wait.patience.fetch_s(0) <= 0:
                 break
             began_s = self._clock()
-            blocks += await wait.fetch.blocks(wait.names, wait.within_s, cancelled)
+            blocks += await wait.fetch.blocks(wait.names, wait.patience, cancelled)
             waited_s += self._clock() - began_s
             if wait.is_own or cancelled.is_set():
                 break
@@ -189,27 +195,31 @@ class Prefetcher(Generic[E]):
         for index, name in enumerate(names):
             if fetch := self._running.get(name):
                 wanted = names[index:]
-                within_s = self._within_s(asked.plan, fetch.in_common(wanted), index) - waited_s
-                return _Wait(fetch, wanted, within_s, is_own=False)
+                patience = self._patience(asked.plan, fetch.in_common(wanted), index, waited_s)
+                return _Wait(fetch, wanted, patience, is_own=False)
         return None
 
     async def _begin(self, asked: _Asked, waited_s: float) -> _Wait | None:
-        """None: nothing is lacking, there is no room for it, or computing it is as quick."""
+        """None: there is no link, nothing is lacking, there is no room for it, or computing it is as quick."""
+        if not self._fetcher.is_linked(asked.plan.address):
+            self._fetcher.begin_link(asked.plan.address)
+            self._metrics.had_no_link()
+            return None
         reserved = await self._reserve(asked)
         if reserved is None:
             return None
         names = reserved.names
-        within_s = self._within_s(asked.plan, len(names), len(reserved.held)) - waited_s
-        if within_s <= asked.plan.fetch_s or asked.cancelled.is_set():
+        patience = self._patience(asked.plan, len(names), len(reserved.held), waited_s)
+        if patience.left_s <= asked.plan.fetch_s or patience.fetch_s(0) <= 0 or asked.cancelled.is_set():
             self._adopt(reserved, (), asked.retention)
             return None
         if others := self._running.get(names[0]):  # begun while the engine was asked
             self._adopt(reserved, (), asked.retention)
-            return _Wait(others, names, within_s, is_own=False)
-        fetch = RunningFetch(names, partial(self._fetch, asked, reserved, FETCH_SHARE * within_s))
+            return _Wait(others, names, patience, is_own=False)
+        fetch = RunningFetch(names, partial(self._fetch, asked, reserved, FETCH_SHARE * patience.left_s), self._clock)
         self._running[names[0]] = fetch
         fetch.task.add_done_callback(lambda _: self._running.pop(names[0]))
-        return _Wait(fetch, names, within_s, is_own=True)
+        return _Wait(fetch, names, patience, is_own=True)
 
     async def _reserve(self, asked: _Asked) -> Reserved | None:
         prompt, salt, blocks_max = asked.prompt, asked.cache_salt, asked.plan.blocks
@@ -223,22 +233,28 @@ class Prefetcher(Generic[E]):
         self._adopt(reserved, (), asked.retention)
         return None
 
-    def _within_s(self, plan: common_pb2.FetchPlan, blocks: int, behind: int) -> float:
-        """So long computing so many blocks behind others takes, by whoever says less."""
-        block_tokens = self._engine.model.layout.block_tokens
-        return min(plan.compute_s, self._speed.compute_s(blocks * block_tokens, behind * block_tokens))
+    def _patience(self, plan: common_pb2.FetchPlan, blocks: int, behind: int, waited_s: float) -> Patience:
+        """With so many blocks behind others. How long computing them takes is by whoever says less."""
+        block_tokens, speed = self._engine.model.layout.block_tokens, self._speed
+        all_s = speed.compute_s(blocks * block_tokens, behind * block_tokens)
 
-    async def _fetch(self, asked: _Asked, reserved: Reserved, deadline_s: float, taken_back: asyncio.Event) -> int:
+        def rest_share(landed: int) -> float:
+            rest_s = speed.compute_s((blocks - landed) * block_tokens, (behind + landed) * block_tokens)
+            return min(rest_s / all_s, 1.0) if landed else 1.0
+
+        return Patience(min(plan.compute_s, all_s), rest_share, waited_s)
+
+    async def _fetch(self, asked: _Asked, reserved: Reserved, deadline_s: float, fetch: RunningFetch) -> int:
         """The blocks that came. Sees to the reserved ones, whoever waits for it."""
         began_s, plan, names = self._clock(), asked.plan, reserved.names
         if self._pin is not None:
             self._leave(self._pin_there(self._pin, names, WorkerId(plan.worker_id)))
         fetched = await self._fetcher.fetch(
-            plan.address, asked.request_id, names, reserved.blocks, deadline_s, taken_back
+            plan.address, asked.request_id, names, reserved.blocks, deadline_s, fetch.taken_back, fetch.landing
         )
         self._take_in(fetched, reserved, asked.retention)
         tokens = fetched.blocks * self._engine.model.layout.block_tokens
-        self._metrics.ended(fetched, len(names), tokens, self._clock() - began_s)
+        self._metrics.ended(fetched, len(names), tokens, self._clock() - began_s, fetch.is_late)
         if fetched.error is not None:
             log.info("request %s: %d blocks fetched: %s", asked.request_id, fetched.blocks, fetched.error)
         return fetched.blocks

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from baton.errors import DeadlineExceeded
-from kvtransfer.fetch.client import FetchCancelled, Fetched
+from kvtransfer.fetch.client import FetchCancelled, Fetched, NoLink
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
@@ -15,7 +15,8 @@ class PrefetchMetrics:
         self._fetches = Counter(
             "baton_kv_fetches",
             "Fetches of prefixes from other workers: complete, partial (the other had no more), missed (it had "
-            "nothing), late, cancelled, unsettled (its end is not known) or failed",
+            "nothing), late, cancelled, unsettled (its end is not known), no_link (none was begun for want of one) or "
+            "failed",
             ("outcome",),
             registry=registry,
         )
@@ -28,16 +29,20 @@ class PrefetchMetrics:
             registry=registry,
         )
 
-    def ended(self, fetched: Fetched, wanted: int, tokens: int, seconds: float) -> None:
-        """Of `wanted` blocks."""
+    def had_no_link(self) -> None:
+        """So none was begun."""
+        self._fetches.labels("no_link").inc()
+
+    def ended(self, fetched: Fetched, wanted: int, tokens: int, seconds: float, is_late: bool) -> None:
+        """Of `wanted` blocks; `is_late` if it was taken back for that reason."""
         self.tokens += tokens
         self._tokens.inc(tokens)
         self._bytes.inc(fetched.transfer_bytes)
         self._seconds.observe(seconds)
-        self._fetches.labels(_outcome(fetched, wanted)).inc()
+        self._fetches.labels(_outcome(fetched, wanted, is_late)).inc()
 
 
-def _outcome(fetched: Fetched, wanted: int) -> str:
+def _outcome(fetched: Fetched, wanted: int, is_late: bool) -> str:
     if fetched.settling is not None:
         return "unsettled"
     match fetched.error:
@@ -48,6 +53,8 @@ def _outcome(fetched: Fetched, wanted: int) -> str:
         case DeadlineExceeded():
             return "late"
         case FetchCancelled():
-            return "cancelled"
+            return "late" if is_late else "cancelled"
+        case NoLink():
+            return "no_link"
         case _:
             return "failed"

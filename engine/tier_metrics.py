@@ -58,7 +58,7 @@ class TierMetrics(Collector):
         yield _counter("store_seconds", "Time that moving it down took by itself", below, lambda state: state.stored_s)
         yield _gauge("arriving_bytes", "KV on its way down into it", below, lambda state: state.arriving_bytes)
         for name, help_text, value in (
-            ("baton_kv_dropped_blocks", "KV blocks that left HBM for no lower tier", report.dropped_blocks),
+            ("baton_kv_dropped_blocks", "KV blocks whose last copy here was given up", report.dropped_blocks),
             ("baton_kv_corrupt_blocks", "Restored KV blocks that did not match their digests", report.corrupt_blocks),
             ("baton_recomputed_tokens", "Computed again by preempted sequences", stats.recomputed_tokens),
         ):

@@ -119,7 +119,7 @@ def troubles(cache: Fields) -> Iterable[Text]:
     if cache["corrupt_blocks"]:
         yield Text(f"{cache['corrupt_blocks']:,} blocks did not match their digests and were computed again.", "red")
     if cache["dropped_blocks"]:
-        yield Text(f"{cache['dropped_blocks']:,} blocks left HBM for no lower tier.")
+        yield Text(f"{cache['dropped_blocks']:,} blocks were given up for want of room.")
 
 
 def prefixes_table(prefixes: Sequence[Fields]) -> Table:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 import grpc.aio
 
@@ -16,7 +17,7 @@ from bench.decode_calls import RequestFailed, ServeCall, first_output, serving
 from bench.load import FIRST_TOKEN_ID
 from bench.models import Shape
 from bench.tiers.figures import BLOCK_TOKENS, Rate, Sample, Source
-from bench.tiers.workers import POOL_BLOCKS, Workers
+from bench.tiers.workers import POOL_BLOCKS
 
 FILLER_TOKENS = 8192
 LAPS = 2
@@ -30,6 +31,17 @@ COLD_MAX_S = 60.0
 SETTLED_POLL_S = 0.1
 SETTLED_POLLS_MAX = 100
 TIERS: Mapping[Source, "events_pb2.Tier"] = {"ddr": events_pb2.TIER_DDR, "ssd": events_pb2.TIER_SSD}
+
+
+class Workers(Protocol):
+    """By what they are for: `ddr` has host memory below its pool, `ssd` a file as well, `peer` neither."""
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """Of their gRPC servers."""
+
+    def restart(self, name: str) -> None:
+        """Kills it and starts it again; its address is another then."""
 
 
 @dataclass(frozen=True, slots=True)

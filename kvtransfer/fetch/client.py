@@ -106,18 +106,17 @@ class Fetcher:
         assert len(names) == len(blocks) > 0
         landing = landing or Landing(len(blocks))
         fetch = _Fetch(request_id, names, blocks, self._clock() + deadline_s, cancelled)
+        link = self._links.present(address)
+        if link is None:
+            self._links.begin(address)
+            return Fetched((), NoLink("There is no link to the worker that has the blocks."))
         try:
-            link = self._links.present(address)
-            if link is None:
-                raise NoLink("There is no link to the worker that has the blocks.")
             return await self._fetch_by(link, fetch, landing)
         except UnknownLink as error:
-            log.info("request %s, %s: %s", request_id, address, error)
             self._links.drop(address, link)
             self._links.begin(address)
             return Fetched((), NoLink(str(error)))
-        except NoLink as error:
-            self._links.begin(address)
+        except BatonError as error:
             return Fetched((), error)
 
     async def close(self) -> None:
@@ -163,28 +162,25 @@ class Fetcher:
         link.sign(ticket)
         call = transfer_pb2_grpc.TransferStub(channel).Fetch()
         receiving = Receiving(call, ticket, landing, self._verifier)
-        running = asyncio.ensure_future(receiving.run())
-        await self._until(running, fetch, receiving)
-        running.result()
+        await self._run(receiving, fetch)
         return receiving.sent
 
-    async def _until(self, work: "asyncio.Future[Any]", fetch: "_Fetch", receiving: Receiving | None = None) -> None:
-        """Returns when the work has ended by itself. Raises FetchCancelled or DeadlineExceeded where it was ended: by
-        taking the ticket back, if there is one, and else or if that is not answered by force."""
+    async def _run(self, receiving: Receiving, fetch: "_Fetch") -> None:
+        """Returns when it has ended by itself; raises what it does. Raises FetchCancelled or DeadlineExceeded where it
+        was ended: by taking the ticket back, and if that is not answered by force."""
+        running = asyncio.ensure_future(receiving.run())
         taken_back = asyncio.ensure_future(fetch.cancelled.wait())
         leaving: asyncio.Future[None] | None = None
         left_s = max(fetch.until_s - self._clock(), 0.0)
         try:
-            await asyncio.wait({work, taken_back}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return
-            if receiving is not None:
-                leaving = asyncio.ensure_future(receiving.take_back())
-                await asyncio.wait({work}, timeout=RELEASE_TIMEOUT_S)
+            await asyncio.wait({running, taken_back}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                return running.result()
+            leaving = asyncio.ensure_future(receiving.take_back())
+            await asyncio.wait({running}, timeout=RELEASE_TIMEOUT_S)
         finally:
-            if receiving is not None:
-                receiving.close()
-            await _cancel(work, taken_back, leaving)
+            receiving.close()
+            await _cancel(running, taken_back, leaving)
         if fetch.cancelled.is_set():
             raise FetchCancelled("The fetch was taken back.")
         raise DeadlineExceeded("The fetch was not done within its deadline.")

@@ -13,12 +13,14 @@ from baton.clock import monotonic
 from baton.errors import DeadlineExceeded, Overloaded, TransferError
 from baton.ids import BlockHash, BlockId, RequestId, WorkerId
 from baton.rpc import common_pb2
-from engine import prefetch
+from engine import patience, prefetch
 from engine.interface import Reserved, Retention
-from engine.prefetch import FETCH_SHARE, NOTHING, PIN_S, Prefetched, Prefetcher
+from engine.patience import FETCH_SHARE
+from engine.prefetch import NOTHING, PIN_S, Prefetched, Prefetcher
 from engine.prefetch_metrics import PrefetchMetrics
 from kvcache.block_hash import block_hashes, root_hash
-from kvtransfer.fetch.client import FetchCancelled, Fetched
+from kvtransfer.fetch.client import FetchCancelled, Fetched, NoLink
+from kvtransfer.landing import Landing
 
 A = RequestId("a")
 ME, PEER = WorkerId("decode-0"), WorkerId("decode-1")
@@ -75,8 +77,17 @@ class FakeFetcher:
         self.may_end = asyncio.Event()
         self.may_end.set()
         self.hears = True
+        self.lands = 0
+        """Blocks, at once; the others when it may end."""
         self.is_asked, self.has_ended = asyncio.Event(), asyncio.Event()
         self.asked: list[tuple[Any, ...]] = []
+        self.linked, self.begun = {"peer:1"}, list[str]()
+
+    def is_linked(self, address: str) -> bool:
+        return address in self.linked
+
+    def begin_link(self, address: str) -> None:
+        self.begun.append(address)
 
     async def fetch(
         self,
@@ -86,8 +97,10 @@ class FakeFetcher:
         blocks: Sequence[BlockId],
         deadline_s: float,
         cancelled: asyncio.Event,
+        landing: Landing,
     ) -> Fetched:
         self.asked.append((address, request_id, names, blocks, deadline_s))
+        land(landing, names, self.lands)
         self.is_asked.set()
         ends = [asyncio.ensure_future(self.may_end.wait())]
         if self.hears:
@@ -102,6 +115,11 @@ class FakeFetcher:
         if self.may_end.is_set():
             return self.fetched
         return Fetched((11,), FetchCancelled("") if done else DeadlineExceeded(""), 0, 0.0)
+
+
+def land(landing: Landing, names: Sequence[BlockHash], blocks: int) -> None:
+    landing.started(len(names))
+    landing.verified(landing.landed(0, range(blocks)), [])
 
 
 @dataclass
@@ -130,8 +148,8 @@ class Rig:
             raise self.pin_error
 
     def compute_s(self, new: int, cached: int) -> float:
-        assert (new, cached) in ((24, 8), (8, 8), (16, 16))
-        return self.prompt_s
+        assert new in (8, 16, 24) and (new + cached == 32 or (new, cached) == (8, 8))
+        return self.prompt_s * new / 24
 
     async def prefetch(self, **changes: Any) -> Prefetched:
         plan = common_pb2.FetchPlan()
@@ -186,6 +204,7 @@ def test_what_the_peer_has_is_fetched_and_adopted_before_the_request_goes_on() -
         (Fetched((11, 12), None), "partial"),
         (Fetched((), None), "missed"),
         (Fetched((11,), TransferError("broken")), "failed"),
+        (Fetched((), NoLink("it broke just now")), "no_link"),
     ],
 )
 def test_what_came_counts_whatever_ended_it(fetched: Fetched, outcome: str) -> None:
@@ -255,6 +274,19 @@ def test_an_engine_that_has_too_much_to_do_is_not_waited_for() -> None:
     async def test(rig: Rig) -> None:
         rig.engine.refusal = Overloaded("busy")
         assert await rig.prefetch() == NOTHING
+
+    run(test)
+
+
+def test_nobody_waits_for_a_link_the_next_one_finds_it() -> None:
+    async def test(rig: Rig) -> None:
+        rig.fetcher.linked.clear()
+        assert await rig.prefetch() == NOTHING
+        assert rig.fetcher.begun == ["peer:1"]
+        assert not rig.engine.asked and not rig.fetcher.asked and not rig.pinned
+        assert rig.outcomes() == {"no_link": 1}
+        rig.fetcher.linked.add("peer:1")
+        assert (await rig.prefetch()).tokens == 24
 
     run(test)
 
@@ -344,7 +376,7 @@ def test_who_shares_a_fetch_waits_no_longer_than_computing_its_part_takes() -> N
         rig.fetcher.may_end.clear()
         first = asyncio.create_task(rig.prefetch())
         await rig.fetcher.is_asked.wait()
-        second = await rig.prefetch(compute_s=0.05)
+        second = await rig.prefetch(compute_s=0.05, blocks=2)
         assert second.tokens == 0 and second.seconds < 0.05 + SOON_S
         assert not first.done() and not rig.fetcher.has_ended.is_set()
         rig.fetcher.may_end.set()
@@ -360,18 +392,43 @@ def test_who_shares_a_fetch_waits_no_longer_than_computing_its_part_takes() -> N
 def test_a_fetch_is_taken_back_in_time_and_what_came_by_then_counts(
     compute_s: float, prompt_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "FETCH_SHARE", 0.2)  # much less, so that a machine that has much to do is no matter
+    monkeypatch.setattr(patience, "LATE_SHARE", 0.3)  # much less, so that a machine that has much to do is no matter
 
     async def test(rig: Rig) -> None:
         rig.fetcher.may_end.clear()
         prefetched = await rig.prefetch(compute_s=compute_s)
         assert prefetched.tokens == 8
         assert 0.09 < prefetched.seconds < 0.5
-        assert rig.fetcher.asked[0][-1] == pytest.approx(0.1)
+        assert rig.fetcher.asked[0][-1] == pytest.approx(0.45)
         assert rig.outcomes() == {"late": 1}
         assert rig.engine.adopted == [(RESERVED, (11,), MINE)]
 
     run(test, prompt_s=prompt_s)
+
+
+def test_a_fetch_of_which_something_has_landed_is_waited_for_longer() -> None:
+    async def test(rig: Rig) -> None:
+        rig.fetcher.may_end.clear()
+        nothing = await rig.prefetch(compute_s=0.3)
+        rig.fetcher.lands = 2
+        most = await rig.prefetch(compute_s=0.3)
+        assert nothing.seconds >= (0.5 - 0.1) * 0.3
+        assert most.seconds >= 0.9 * 0.3
+        assert rig.outcomes() == {"late": 2}
+
+    run(test)
+
+
+def test_one_that_has_no_patience_takes_the_fetch_back_for_all_that_wait_for_the_same() -> None:
+    async def test(rig: Rig) -> None:
+        rig.fetcher.may_end.clear()
+        first = asyncio.create_task(rig.prefetch(compute_s=0.2))
+        await rig.fetcher.is_asked.wait()
+        rig.fetcher.linked.clear()  # what is lacking then is computed
+        second = asyncio.create_task(rig.prefetch())
+        assert [(await waiting).tokens for waiting in (first, second)] == [8, 8]
+
+    run(test)
 
 
 def test_a_request_does_not_wait_for_a_fetch_that_does_not_end_and_its_blocks_come_back_when_it_has() -> None:
@@ -381,7 +438,7 @@ def test_a_request_does_not_wait_for_a_fetch_that_does_not_end_and_its_blocks_co
         began_s = monotonic()
         prefetched = await rig.prefetch(compute_s=0.1)
         assert monotonic() - began_s < 0.1 + SOON_S
-        assert prefetched.tokens == 0 and prefetched.seconds == pytest.approx(0.1, abs=SOON_S)
+        assert prefetched.tokens == 0 and prefetched.seconds == pytest.approx(0.05, abs=SOON_S)
         assert not rig.engine.adopted, "somebody may still write into them"
         rig.fetcher.may_end.set()
         await rig.fetcher.has_ended.wait()

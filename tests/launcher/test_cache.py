@@ -80,7 +80,7 @@ def test_prefixes_are_short_hashes() -> None:
 
 def test_what_went_wrong_is_a_sentence() -> None:
     shown = text(cache(worker("d", tier("hbm")), corrupt_blocks=3, dropped_blocks=1200))
-    assert "3 blocks did not match their digests" in shown and "1,200 blocks left HBM for no lower tier." in shown
+    assert "3 blocks did not match their digests" in shown and "1,200 blocks were given up for want of room." in shown
     assert "blocks" not in text(cache(worker("d", tier("hbm")))).split("\n", 1)[1]
 
 
