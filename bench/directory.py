@@ -1,15 +1,16 @@
-"""The directory of blocks in Redis: `python -m bench.directory [--json]`.
+"""The directory of blocks in Redis, and each worker's index: `python -m bench.directory [--json]`.
 
-How much memory it takes by blocks, holders of each and buckets, and how fast workers tell and ask. Against a Redis of
-its own, on one connection, one call at a time. A size for which this machine has not the memory is extrapolated from
-the two largest that it has, and said to be so.
+How much memory the directory takes by blocks, holders of each and buckets, and how fast workers tell and ask. Against a
+Redis of its own, on one connection, one call at a time. A size for which this machine has not the memory is extrapolated from
+the two largest that it has, and said to be so. Then a worker's own index of as many blocks (bench/tier_index.py), in
+processor time of one thread.
 """
 
 import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from baton.cluster.cache_events import unpack
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.ids import WorkerId
 from bench.measure import percentile
+from bench.tier_index import LOOKED_UP, IndexCost, measure_index
 from bench.wide import wide_console
 from kvcache.directory import calls
 from kvcache.directory.calls import Call, Identity, Scope, Sync
@@ -71,6 +73,7 @@ class Speed:
 class Results:
     memory: list[Memory]
     speed: list[Speed]
+    index: list[IndexCost] = field(default_factory=list)
 
 
 class Filling:
@@ -190,6 +193,16 @@ def speed_table(speed: Sequence[Speed]) -> Table:
     return made
 
 
+def index_table(costs: Sequence[IndexCost]) -> Table:
+    made = Table(title="A worker's index", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("blocks", "bytes a block", "MB", "add us", f"find us (of {LOOKED_UP})", "remove us"):
+        made.add_column(heading, justify="right")
+    for c in costs:
+        times = (f"{1e6 * seconds:.2f}" for seconds in (c.add_s, c.find_s, c.remove_s))
+        made.add_row(f"{c.blocks:,}", f"{c.bytes_per_block:.1f}", f"{c.blocks * c.bytes_per_block / 1e6:,.1f}", *times)
+    return made
+
+
 def main(
     blocks_max: Annotated[int, typer.Option(min=SIZES[1], help="The largest size")] = SIZES[-1],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
@@ -206,12 +219,18 @@ def main(
         with redis.Redis.from_url(server.url, socket_timeout=30) as client:
             results = measure(client, possible, lambda calls_made: progress.advance(bar, calls_made))
             compare_buckets(client, compared, results, lambda calls_made: progress.advance(bar, calls_made))
+        for blocks in possible:
+            bar = progress.add_task(f"index of {blocks:,}", total=blocks)
+            results.index.append(
+                measure_index(blocks, told=lambda added, bar=bar: progress.update(bar, completed=added))
+            )
+            progress.update(bar, completed=blocks)
     for blocks in sizes[len(possible) :]:
         results.memory += extrapolate(results.memory, blocks)
     if as_json:
         typer.echo(json.dumps(asdict(results), indent=2))
     else:
-        wide_console().print(memory_table(results.memory), speed_table(results.speed))
+        wide_console().print(memory_table(results.memory), speed_table(results.speed), index_table(results.index))
 
 
 if __name__ == "__main__":

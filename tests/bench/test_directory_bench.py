@@ -3,7 +3,8 @@
 import redis
 
 from baton.cluster.redis_server import EmbeddedRedis
-from bench.directory import Memory, compare_buckets, extrapolate, fits, measure, memory_table, speed_table
+from bench.directory import Memory, compare_buckets, extrapolate, fits, index_table, measure, memory_table, speed_table
+from bench.tier_index import measure_index
 from bench.wide import wide_console
 from kvcache.directory.scripts import BUCKET_DIGITS, NAMES_MAX
 
@@ -22,7 +23,9 @@ def test_directories_are_filled_and_measured() -> None:
     assert few.bytes_per_block < many.bytes_per_block, "fewer buckets"
     assert len(made) == (3 + 1) * (1 + 6) + 2 * 6
     assert all(0 < speed.p50_s <= speed.p99_s for speed in results.speed)
-    wide_console().print(memory_table(results.memory), speed_table(results.speed))
+    results.index.append(measure_index(1000))
+    assert index_table(results.index).row_count == 1 and results.index[0].bytes_per_block < 200
+    wide_console().print(memory_table(results.memory), speed_table(results.speed), index_table(results.index))
 
 
 def test_what_does_not_fit_is_extrapolated_and_said_to_be() -> None:
