@@ -1,9 +1,9 @@
 """The directory of blocks in Redis, and each worker's index: `python -m bench.directory [--json]`.
 
 How much memory the directory takes by blocks, holders of each and buckets, and how fast workers tell and ask. Against a
-Redis of its own, on one connection, one call at a time. A size for which this machine has not the memory is extrapolated from
-the two largest that it has, and said to be so. Then a worker's own index of as many blocks (bench/tier_index.py), in
-processor time of one thread.
+Redis of its own, on one connection, one call at a time. A size for which this machine has not the memory is
+extrapolated from the two largest that it has, and said to be so. Then a worker's own index of as many blocks
+(bench/tier_index.py), in processor time of one thread.
 """
 
 import json
@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ import redis
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from baton.cluster.cache_events import unpack
@@ -203,6 +204,10 @@ def index_table(costs: Sequence[IndexCost]) -> Table:
     return made
 
 
+def _show(progress: Progress, bar: TaskID, completed: int) -> None:
+    progress.update(bar, completed=completed)
+
+
 def main(
     blocks_max: Annotated[int, typer.Option(min=SIZES[1], help="The largest size")] = SIZES[-1],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
@@ -221,9 +226,7 @@ def main(
             compare_buckets(client, compared, results, lambda calls_made: progress.advance(bar, calls_made))
         for blocks in possible:
             bar = progress.add_task(f"index of {blocks:,}", total=blocks)
-            results.index.append(
-                measure_index(blocks, told=lambda added, bar=bar: progress.update(bar, completed=added))
-            )
+            results.index.append(measure_index(blocks, told=partial(_show, progress, bar)))
             progress.update(bar, completed=blocks)
     for blocks in sizes[len(possible) :]:
         results.memory += extrapolate(results.memory, blocks)
