@@ -106,6 +106,8 @@ class Fetcher:
         assert len(names) == len(blocks) > 0
         landing = landing or Landing(len(blocks))
         fetch = _Fetch(request_id, names, blocks, self._clock() + deadline_s, cancelled)
+        if cancelled.is_set():
+            return Fetched((), FetchCancelled("The fetch was taken back before it began."))
         link = self._links.present(address)
         if link is None:
             self._links.begin(address)

@@ -21,14 +21,14 @@ import pytest
 
 from baton.cluster.cache_events import unpack
 from baton.cluster.redis_client import connect_redis
-from baton.cluster.redis_server import EmbeddedRedis
+from baton.cluster.redis_server import EmbeddedRedis, free_port
 from baton.ids import BlockHash, WorkerId
 from baton.latency import TIERS, Tier
 from baton.rpc import common_pb2, events_pb2, worker_pb2, worker_pb2_grpc
 from engine.filled_blocks import RESERVED_DIVISOR
 from engine.recall.text import Ledger, build_tokenizer, make_ledger, prompt, question
 from kvcache.directory.directory import Directory
-from tests.cluster.processes import Process, fetch, running, until
+from tests.cluster.processes import Process, fetch, metric, running, until
 
 LINES = 60
 BLOCK_BYTES = 256 * 1024
@@ -101,9 +101,10 @@ def test_a_worker_killed_and_started_again_on_its_file_serves_hits_from_it(
 def test_a_worker_fetches_a_prefix_that_another_one_has_below_hbm(
     worker_flags: dict[str, Any], stack: ExitStack
 ) -> None:
-    """Asked of the workers alone, with plans such as the router makes. The first one makes the link, which may take
-    longer than computing would; the tokens are right in any case."""
-    own_flags = {**worker_flags, "kv_blocks": 8 * POOL_BLOCKS}  # room to reserve whole prompts
+    """Asked of the workers alone, with plans such as the router makes. The first one has the link made, and does not
+    wait for it; the tokens are right in any case."""
+    metrics_port = free_port()
+    own_flags = {**worker_flags, "kv_blocks": 8 * POOL_BLOCKS, "metrics_port": metrics_port}  # room for whole prompts
     own, peer = start(
         stack,
         [
@@ -122,6 +123,8 @@ def test_a_worker_fetches_a_prefix_that_another_one_has_below_hbm(
         output = generate(own, f"own-{index}", tokens, plan)
         assert list(output.token_ids) == list(first[index].token_ids)
         fetched.append(output.timeline.fetched_tokens)
+        until(lambda: metric(metrics_port, "baton_kv_links") > 0, 20, "there is a link to the peer")
+    assert fetched[0] == 0, "nobody waits for a link"
     assert max(fetched) >= POOL_BLOCKS // RESERVED_DIVISOR * 32, f"as much as is brought up at one time: {fetched}"
     assert blocks(peer, events_pb2.TIER_HBM) <= POOL_BLOCKS < sum(len(tokens) // 32 for tokens in prompts)
 

@@ -17,8 +17,10 @@ from decode_worker.worker import DecodeWorker
 from engine.core import LocalEngine
 from engine.interface import EngineRequest, Retention
 from engine.speed import MeasuredSpeed
+from kvtransfer.fetch import client
+from kvtransfer.fetch.servicer import FetchServicer
 from prefill_worker.worker import PrefillWorker
-from tests.decode_worker.pair import BASE, Pair, running_pair
+from tests.decode_worker.pair import BASE, Pair, running_pair, until
 from tests.engine.tiny_models import make_model, random_prompt, reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -85,6 +87,23 @@ async def silent_peer() -> AsyncIterator[str]:
             writer.close()
 
 
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker answers when it is asked for blocks, nor when it is told that nobody wants them any more."""
+
+    async def say_nothing(self: FetchServicer, context: object) -> None:
+        del self, context
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(FetchServicer, "serve", say_nothing)
+    monkeypatch.setattr(client, "RELEASE_TIMEOUT_S", 0.3)
+
+
+async def link(worker: Worker, peer: Worker) -> None:
+    """Without which nothing is fetched: nobody waits for it."""
+    await worker._host.links.to(peer.address)
+
+
 def plan(peer: str, worker_id: str = "peer", compute_s: float = 10.0, blocks: int = 20) -> common_pb2.FetchPlan:
     return common_pb2.FetchPlan(
         worker_id=worker_id, address=peer, blocks=blocks, block_tokens=8, fetch_s=0.001, compute_s=compute_s
@@ -100,7 +119,7 @@ def candidate(worker: PrefillWorker, fetch: common_pb2.FetchPlan) -> worker_pb2.
 
 
 async def warm_prefill_worker(pair: Pair) -> None:
-    """The prompt lies in the prefill worker's cache alone."""
+    """The prompt lies in the prefill worker's cache alone; there is a link to it."""
     await pair.ask(PROMPT, GREEDY)
     for seed in range(100, 106):
         await pair.stream.ask(random_prompt(330, seed=seed), ONE)
@@ -149,6 +168,7 @@ def test_a_prefill_worker_gets_a_prefix_from_its_peer(llama: Path, with_pair: Ru
     async def test(pair: Pair) -> None:
         await warm_prefill_worker(pair)
         async with another_prefill_worker(pair) as second:
+            await link(second, pair.prefill)
             chosen = candidate(second, plan_of(pair.prefill))
             answer = await pair.stream.ask(PROMPT, GREEDY, [chosen])
             assert answer.token_ids == reference(llama, PROMPT, 12)
@@ -192,18 +212,47 @@ def test_a_corrupt_block_and_what_follows_it_is_computed(llama: Path, with_pair:
     with_pair(test)
 
 
-def test_a_peer_that_says_nothing_is_waited_for_no_longer_than_computing_takes(llama: Path, with_pair: Run) -> None:
+@pytest.mark.usefixtures("silence")
+def test_a_peer_that_says_nothing_is_waited_for_half_as_long_as_computing_takes(llama: Path, with_pair: Run) -> None:
+    async def test(pair: Pair) -> None:
+        await link(pair.decode, pair.prefill)
+        await link(pair.prefill, pair.decode)
+        alone = await pair.stream.ask(PROMPT, GREEDY, fetch=plan_of(pair.prefill, compute_s=0.2))
+        longer = PROMPT + random_prompt(100, seed=9)
+        chosen = candidate(pair.prefill, plan_of(pair.decode, compute_s=0.2))
+        apart = await pair.stream.ask(longer, GREEDY, [chosen])
+        for answer, prompt in ((alone, PROMPT), (apart, longer)):
+            assert answer.token_ids == reference(llama, prompt, 12)
+            assert answer.timeline.fetched_tokens == 0
+            assert 0.07 < answer.timeline.fetch_s < 0.1 + SOON_S
+        assert apart.timeline.prefill_worker
+
+    with_pair(test)
+
+
+def test_a_link_is_not_waited_for_but_made_for_the_next_request(llama: Path, with_pair: Run) -> None:
     async def test(pair: Pair) -> None:
         async with silent_peer() as nobody:
-            alone = await pair.stream.ask(PROMPT, GREEDY, fetch=plan(nobody, compute_s=0.2))
-            chosen = candidate(pair.prefill, plan(nobody, compute_s=0.2))
-            longer = PROMPT + random_prompt(100, seed=9)
-            apart = await pair.stream.ask(longer, GREEDY, [chosen])
-            for answer, prompt in ((alone, PROMPT), (apart, longer)):
-                assert answer.token_ids == reference(llama, prompt, 12)
-                assert answer.timeline.fetched_tokens == 0
-                assert 0.15 < answer.timeline.fetch_s < 0.2 + SOON_S
-            assert apart.timeline.prefill_worker
+            await pair.stream.ask(random_prompt(90, seed=90), ONE)  # what comes first takes longer
+            answer = await pair.stream.ask(PROMPT, GREEDY, fetch=plan(nobody))
+            assert answer.token_ids == reference(llama, PROMPT, 12)
+            assert answer.timeline.fetched_tokens == 0 and answer.timeline.fetch_s < 0.01
+            assert sample(pair.decode, "baton_kv_fetches_total", outcome="no_link") == 1
+
+    with_pair(test)
+
+
+def test_the_link_that_one_request_began_is_the_next_ones(llama: Path, with_pair: Run) -> None:
+    async def test(pair: Pair) -> None:
+        await warm_prefill_worker(pair)
+        async with another_prefill_worker(pair) as second:
+            other = random_prompt(160, seed=5)
+            await pair.stream.ask(other, ONE, [candidate(second, plan_of(pair.prefill))])
+            assert sample(second, "baton_kv_fetches_total", outcome="no_link") == 1
+            await until(lambda: second._host.links.present(pair.prefill.address) is not None)
+            answer = await pair.stream.ask(PROMPT, GREEDY, [candidate(second, plan_of(pair.prefill))])
+            assert answer.token_ids == reference(llama, PROMPT, 12)
+            assert answer.timeline.fetched_tokens == REUSABLE
 
     with_pair(test)
 
@@ -222,29 +271,31 @@ def test_nobody_home_and_fetching_turned_off(llama: Path, with_pair: Run) -> Non
 # ---- whoever is not there any more
 
 
+@pytest.mark.usefixtures("silence")
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_a_request_that_is_cancelled_while_it_fetches_leaves_nothing_behind(role: str, with_pair: Run) -> None:
     async def test(pair: Pair) -> None:
-        async with silent_peer() as nobody:
-            if role == "decode":
-                request_id = await pair.stream.submit(PROMPT, GREEDY, fetch=plan(nobody))
-            else:
-                chosen = candidate(pair.prefill, plan(nobody))
-                request_id = await pair.stream.submit(PROMPT, GREEDY, [chosen])
-            worker: Worker = pair.decode if role == "decode" else pair.prefill
-            await until_fetching(worker)
-            await pair.stream.cancel(request_id)
-            await pair.until_idle()
-            await worker.drain()
+        worker: Worker = pair.decode if role == "decode" else pair.prefill
+        if role == "decode":
+            await link(pair.decode, pair.prefill)
+            request_id = await pair.stream.submit(PROMPT, GREEDY, fetch=plan_of(pair.prefill))
+        else:
+            await link(pair.prefill, pair.decode)
+            request_id = await pair.stream.submit(PROMPT, GREEDY, [candidate(pair.prefill, plan_of(pair.decode))])
+        await until_fetching(worker)
+        await pair.stream.cancel(request_id)
+        await pair.until_idle()
+        await worker.drain()
 
     with_pair(test)
 
 
+@pytest.mark.usefixtures("silence")
 def test_a_request_that_expires_while_it_fetches_is_told_so(with_pair: Run) -> None:
     async def test(pair: Pair) -> None:
-        async with silent_peer() as nobody:
-            answer = await pair.stream.ask(PROMPT, GREEDY, fetch=plan(nobody), deadline_s=0.3)
-            assert "0.3 s" in answer.error and not answer.token_ids
+        await link(pair.decode, pair.prefill)
+        answer = await pair.stream.ask(PROMPT, GREEDY, fetch=plan_of(pair.prefill), deadline_s=0.3)
+        assert "0.3 s" in answer.error and not answer.token_ids
 
     with_pair(test)
 

@@ -164,6 +164,7 @@ def test_a_peers_blocks_are_brought_up_from_its_memory_to_be_fetched(llama: Path
         await evict_from_prefill(pair)
         await evict_from_decode(pair)
         assert await places(pair.prefill) == {"ddr"}
+        await pair.decode._host.links.to(pair.prefill.address)
         answers = await asyncio.gather(
             *(pair.stream.ask(PROMPT, GREEDY, fetch=plan_of(pair.prefill)) for _ in range(3))
         )

@@ -192,6 +192,7 @@ def test_what_one_worker_computed_another_decodes_from(model: Path, transport: s
                 info.fingerprint,
                 info.layout,
             )
+            await transfers.links.to(there.address)
             fetched = await fetcher.fetch(there.address, A, names, reserved, 10.0, asyncio.Event())
             assert (fetched.blocks, fetched.error) == (5, None)
             await here.thread.call(lambda engine: engine.commit(A, expected[0], (), fetched.digests))

@@ -9,11 +9,11 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from baton.errors import DeadlineExceeded, TransferError, Unauthorized, Unavailable
+from baton.errors import DeadlineExceeded, TransferError, Unavailable
 from baton.ids import BlockId
 from baton.rpc import transfer_pb2, transfer_pb2_grpc
 from kvtransfer.fetch import client, sending, servicer
-from kvtransfer.fetch.client import FetchCancelled
+from kvtransfer.fetch.client import FetchCancelled, NoLink
 from tests.kvtransfer.fetch_rig import HAS, RESERVED, Rig, rig
 from tests.kvtransfer.transfer_rig import SOURCE_LAYOUT, TARGET_LAYOUT, slices
 
@@ -74,6 +74,8 @@ def test_a_sender_that_has_none_says_so() -> None:
 @ONE_BLOCK_A_GROUP
 def test_many_fetches_at_a_time_do_not_mix() -> None:
     async def test(both: Rig) -> None:
+        await both.links.to(both.address)
+
         async def one(index: int) -> None:
             names = [index.to_bytes(16, "little")]
             reserved = [RESERVED[index]]
@@ -187,7 +189,7 @@ def test_one_that_is_taken_back_before_it_began_asks_nobody() -> None:
         both.cancelled.set()
         fetched = await both.fetch(NUMBERS)
         assert fetched.blocks == 0 and isinstance(fetched.error, FetchCancelled)
-        assert not slices(both.target).any()
+        assert not slices(both.target)[:, :, RESERVED].any()
 
     fetching(test)
 
@@ -285,7 +287,22 @@ def test_a_link_that_the_sender_has_forgotten_is_made_anew() -> None:
         both.book._links.clear()
         fetched = await both.fetch([0, 1])
         both.book._links.update(forgotten)  # for its stream, which ends
-        assert (fetched.blocks, fetched.error) == (2, None)
+        assert fetched.blocks == 0 and isinstance(fetched.error, NoLink)
+        assert (await both.fetch([0, 1])).blocks == 2
+
+    fetching(test)
+
+
+def test_a_fetch_without_a_link_begins_one_and_does_not_wait() -> None:
+    async def test(both: Rig) -> None:
+        for _ in range(2):
+            fetched = await both.fetcher.fetch(both.address, "a", [bytes(16)], RESERVED[:1], 10.0, both.cancelled)  # type: ignore[arg-type, list-item]
+            assert fetched.blocks == 0 and isinstance(fetched.error, NoLink)
+        assert not both.fetcher.is_linked(both.address)
+        await both.links.to(both.address)
+        assert both.fetcher.is_linked(both.address)
+        assert both.metrics.get_sample_value("baton_kv_link_attempts_total", {"side": "receive"}) == 1
+        assert (await both.fetch([0])).blocks == 1
 
     fetching(test)
 
@@ -301,7 +318,7 @@ def test_other_weights_are_refused() -> None:
 def test_another_layout_gets_no_link() -> None:
     async def test(both: Rig) -> None:
         fetched = await both.fetch([0])
-        assert fetched.blocks == 0 and isinstance(fetched.error, TransferError)
+        assert fetched.blocks == 0 and isinstance(fetched.error, NoLink)
 
     fetching(test, target_layout=replace(TARGET_LAYOUT, head_dim=16))
 
@@ -310,7 +327,7 @@ def test_nobody_fetches_from_a_worker_that_is_not_there() -> None:
     async def test(both: Rig) -> None:
         both.address = "127.0.0.1:1"
         fetched = await both.fetch([0])
-        assert fetched.blocks == 0 and isinstance(fetched.error, Unavailable)
+        assert fetched.blocks == 0 and isinstance(fetched.error, NoLink)
 
     fetching(test)
 
@@ -409,6 +426,6 @@ def test_a_wrong_secret_fetches_nothing() -> None:
     async def test(both: Rig) -> None:
         both.links._receiver._secret = b"another"
         fetched = await both.fetch([0])
-        assert fetched.blocks == 0 and isinstance(fetched.error, Unauthorized)
+        assert fetched.blocks == 0 and isinstance(fetched.error, NoLink)
 
     fetching(test)

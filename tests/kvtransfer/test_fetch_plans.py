@@ -9,6 +9,7 @@ import pytest
 from baton.errors import TransferError
 from baton.ids import BlockId
 from kvtransfer.fetch import sending
+from kvtransfer.fetch.client import NoLink
 from tests.kvtransfer.fetch_rig import HAS, Rig, rig
 from tests.kvtransfer.transfer_rig import SOURCE_LAYOUT, slices
 
@@ -49,6 +50,7 @@ class Plan:
         self.both.cancelled.clear()
         slices(self.both.target)[:] = 0
         self.both.book.before_write = self.before_write
+        await self.both.links.to(self.both.address)
         forgotten = dict(self.both.book._links)
         if self.fault == "forgotten":
             self.both.book._links.clear()
@@ -59,8 +61,9 @@ class Plan:
         came = [self.both.came(number, index) for index, number in enumerate(present)]
         assert all(came[: fetched.blocks]) and fetched.settling is None, self
         assert fetched.error is not None or fetched.blocks == len(present), self
-        if self.fault in ("none", "wrong", "slow", "forgotten"):
+        if self.fault in ("none", "wrong", "slow"):
             assert fetched.blocks == len(present), self
+        assert isinstance(fetched.error, NoLink) is (self.fault == "forgotten"), self
         before = bytes(self.both.target.memory)
         await asyncio.sleep(0)
         assert bytes(self.both.target.memory) == before, f"{self}: something landed late"

@@ -96,6 +96,55 @@ def test_all_who_ask_get_the_same_link() -> None:
     run(test)
 
 
+def test_one_that_nobody_waits_for_is_made_once() -> None:
+    async def test(both: Rig) -> None:
+        links, address = both.receiver.links, both.sender.address
+        assert links.present(address) is None
+        for _ in range(3):
+            links.begin(address)
+        assert links.present(address) is None
+        link = await links.to(address)
+        links.begin(address)
+        assert links.present(address) is link
+        assert both.metric("baton_kv_link_attempts_total", side="receive") == 1
+        link.close()
+        assert links.present(address) is None
+
+    run(test)
+
+
+def test_those_that_nobody_waits_for_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BEGUN_MAX", 1)
+
+    async def test(both: Rig) -> None:
+        both.receiver.links.begin(both.sender.address)
+        both.receiver.links.begin("127.0.0.1:1")
+        assert len(both.receiver.links._making) == 1
+        await both.receiver.links.to(both.sender.address)
+
+    run(test)
+
+
+def test_one_that_nobody_waits_for_may_fail_and_is_not_begun_again_at_once() -> None:
+    clock = ManualClock()
+
+    async def test(both: Rig) -> None:
+        links, address = both.receiver.links, both.sender.address
+        links.begin(address)
+        with pytest.raises(TransferError):
+            await links.to(address)
+        links.begin(address)
+        assert not links._making
+        clock.advance(REFUSED_S + 1)
+        links.begin(address)
+        assert links._making
+        await links.close()
+        links.begin(address)
+        assert not links._making
+
+    run(test, Side(fingerprint="other"), clock=clock)
+
+
 def test_one_that_is_cancelled_does_not_end_it_for_the_others() -> None:
     async def test(both: Rig) -> None:
         first, second = (asyncio.create_task(both.receiver.links.to(both.sender.address)) for _ in range(2))
