@@ -83,6 +83,7 @@ def test_a_worker_killed_and_started_again_on_its_file_serves_hits_from_it(
     chance = random.Random(3)
     router = stack.enter_context(running("router", **flags, http_port=0))
     worker = stack.enter_context(running("decode-worker", **worker_flags))
+    until(lambda: known(router), 20, "the router found the worker")
     for ledger in LEDGERS:
         ask(router, ledger, chance)
     until(lambda: blocks(worker, events_pb2.TIER_SSD) > 64, 20, "blocks have gone down to the SSD")
@@ -93,7 +94,7 @@ def test_a_worker_killed_and_started_again_on_its_file_serves_hits_from_it(
     until(lambda: blocks(worker, events_pb2.TIER_SSD) >= on_ssd * 0.9, 20, "the index is there again")
     took_s = time.monotonic() - began_s
     assert took_s < 30, "most of it is loading torch and the model"
-    until(lambda: fetch(f"{router.http}/health")["status"] == "ok", 20, "the router found it")
+    until(lambda: known(router), 20, "the router found it")
     cached = [ask(router, ledger, chance) for ledger in LEDGERS]
     assert sum(tokens > 0 for tokens in cached) >= len(LEDGERS) // 3, f"hits from the file: {cached}"
 
