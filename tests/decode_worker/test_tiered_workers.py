@@ -113,7 +113,10 @@ def test_a_decode_worker_restores_what_left_its_pool(llama: Path, with_pair: Run
             assert (hbm.hit_tokens, ddr.hit_tokens) == (0, REUSABLE)
             assert ddr.bytes == ddr.blocks * block_bytes and 19 < ddr.blocks < ddr.blocks_max
             assert ddr.restore_bytes_per_s > 0 and not ddr.off_reason
-            assert status.top_prefixes[0].tokens == REUSABLE and status.top_prefixes[0].uses >= 1
+            top = status.top_prefixes[0]
+            assert top.tokens >= REUSABLE and top.uses >= 1, (
+                "the last block was computed again, which is a use of it too"
+            )
             await until(lambda: (stored() or 0) > 19 * block_bytes)
             assert samples("baton_kv_tier_restored_bytes_total", {"tier": "ddr"}) == 19 * block_bytes
             cleared = await stub.ClearCache(worker_pb2.ClearCacheRequest())

@@ -13,7 +13,7 @@ ROWS_MAX: Final = 65_536
 
 def hottest(index: TierIndex, count: int) -> list[HotPrefix]:
     """The last blocks of prefixes, the most used first: of blocks that follow each other and are used equally often,
-    the deepest. Ten milliseconds for ten million blocks, mostly for counting uses."""
+    the deepest. Reads how often every block was used."""
     uses = index.uses[: index.table.rows_used + 1]
     rows = np.flatnonzero(uses >= _threshold(uses))[:ROWS_MAX]
     rows = rows[index.are_present(rows)]
