@@ -1,5 +1,6 @@
 """What the command line asks of a router, over HTTP."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -42,7 +43,7 @@ def fetch(
         raise Unavailable(f"No router can be reached at {url} ({reason}); name another with --url.") from None
     except OSError as error:
         raise Unavailable(f"The router at {url} did not answer ({error}).") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, http.client.HTTPException):  # the last: whoever answered does not speak HTTP
         raise stranger(url) from None
 
 

@@ -1,4 +1,6 @@
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,3 +82,19 @@ def test_nobody_there_is_told() -> None:
 def test_what_is_no_url_is_told() -> None:
     with pytest.raises(SettingsError, match="http://HOST:PORT"):
         fetch_workers("localhost")
+
+
+def test_a_port_that_does_not_speak_http_is_named_as_such() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"\0\0\x18\x04\0\0\0\0\0")  # as a gRPC server does
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(Unavailable, match="not as a Baton router does"):
+            fetch_workers(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
