@@ -10,7 +10,7 @@ from baton.ids import RequestId
 from baton.rpc import common_pb2, worker_pb2
 from baton.sampling import SamplingParams
 from engine.interface import Admitted, Generated, Prefill, Retention
-from engine.prefetch import NOTHING, Prefetched
+from engine.worker.prefetch import NOTHING, Prefetched
 
 
 class Outbox(Protocol):

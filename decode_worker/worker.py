@@ -21,9 +21,9 @@ from decode_worker.prefill_client import PrefillCancelled, PrefillClient
 from decode_worker.remote_prefill import PREFILL_ATTEMPTS_MAX, RemotePrefill
 from decode_worker.request import ActiveRequest, Outbox
 from decode_worker.session import DecodeServicer
-from engine.host import WorkerHost
 from engine.interface import Admitted, EngineRequest, FinishReason, Generated, Prefill, StepResult
 from engine.retention import retention_from_proto
+from engine.worker.host import WorkerHost
 from kvtransfer.inproc import InprocHub
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from baton.ids import BlockId, RequestId
 from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.convert import layout_from_proto, logprobs_to_proto
 from engine.interface import Admitted, BlocksDigested, BlocksWritten, Failed, Generated
-from engine.prefetch import NOTHING, Prefetched
+from engine.worker.prefetch import NOTHING, Prefetched
 from kvtransfer.interface import Connection
 from prefill_worker.progress import Piece, SendProgress
 

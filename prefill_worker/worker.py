@@ -13,9 +13,9 @@ from baton.layout import KVLayout
 from baton.rpc import worker_pb2, worker_pb2_grpc
 from baton.rpc.convert import layout_from_proto, sampling_from_proto
 from baton.settings import PrefillWorkerSettings
-from engine.host import WorkerHost
 from engine.interface import BlocksWritten, EngineRequest, Prefill, StepResult
 from engine.retention import retention_from_proto
+from engine.worker.host import WorkerHost
 from kvtransfer.inproc import InprocHub
 from kvtransfer.interface import Offer
 from prefill_worker.gather import Layer, LayerGatherer

@@ -10,10 +10,10 @@ from baton.cluster.worker_info import Load, Role, WorkerInfo
 from baton.ids import WorkerId
 from baton.latency import StepWork
 from baton.latency_fit import LatencyFit
-from engine.arrival_rate import ArrivalRate
 from engine.cache_journal import CacheJournal
 from engine.interface import Prefill
 from engine.scheduler import Limits, Scheduler
+from engine.worker.arrival_rate import ArrivalRate
 from kvcache.block_pool import BlockPool
 from simulator.engine import EngineListener, SimulatedEngine
 from simulator.job import Job

@@ -16,7 +16,7 @@ from baton.settings import PrefillWorkerSettings
 from decode_worker.worker import DecodeWorker
 from engine.core import LocalEngine
 from engine.interface import EngineRequest, Retention
-from engine.speed import MeasuredSpeed
+from engine.worker.speed import MeasuredSpeed
 from kvtransfer.fetch import client
 from kvtransfer.fetch.servicer import FetchServicer
 from prefill_worker.worker import PrefillWorker

@@ -17,7 +17,7 @@ from baton.sampling import SamplingParams
 from decode_worker.worker import DecodeWorker
 from engine.core import LocalEngine
 from engine.sequence import root_of
-from engine.speed import MeasuredSpeed
+from engine.worker.speed import MeasuredSpeed
 from kvcache.block_hash import block_hashes
 from kvcache.directory.directory import Directory
 from prefill_worker.worker import PrefillWorker

@@ -1,7 +1,7 @@
 import pytest
 
 from baton.clock import ManualClock
-from engine.arrival_rate import MEMORY_S, ArrivalRate
+from engine.worker.arrival_rate import MEMORY_S, ArrivalRate
 
 
 def arrive(rate: ArrivalRate, clock: ManualClock, per_s: float, seconds: float) -> None:

@@ -19,15 +19,15 @@ from baton.ids import RequestId
 from baton.rpc import transfer_pb2_grpc
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
-from engine.block_source import CachedBlocks
 from engine.core import LocalEngine
 from engine.interface import EngineRequest, Prefill, StepResult
 from engine.model.loader import LoadedModel, load_model
 from engine.opening import open_engine
 from engine.runner import StepLogits
 from engine.thread import EngineThread
-from engine.transfer_servicer import TransferServicer
-from engine.transfers import Transfers, open_transfers
+from engine.worker.block_source import CachedBlocks
+from engine.worker.transfer_servicer import TransferServicer
+from engine.worker.transfers import Transfers, open_transfers
 from kvcache.block_hash import block_hashes, root_hash
 from kvtransfer.fetch.client import Fetcher
 from kvtransfer.inproc import InprocHub

@@ -28,11 +28,11 @@ from baton.rpc import events_pb2, transfer_pb2, transfer_pb2_grpc, worker_pb2, w
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
 from engine import cluster_cache, tier_metrics
-from engine.arrival_rate import MEMORY_S
 from engine.core import LocalEngine
-from engine.host import WorkerHost
 from engine.interface import EngineRequest, Prefill, Retention, StepResult
-from engine.worker_servicer import WorkerServicer
+from engine.worker.arrival_rate import MEMORY_S
+from engine.worker.host import WorkerHost
+from engine.worker.worker_servicer import WorkerServicer
 from kvcache.block_hash import BlockHasher, root_hash
 from kvcache.directory.directory import Directory
 from kvcache.tiers.interface import RestoreTiming

@@ -3,7 +3,7 @@ from prometheus_client import CollectorRegistry
 
 from baton.latency import DecodeCost, PrefillCost, StepWork, TransferCost, WorkerLatency
 from engine.interface import StepTiming
-from engine.latency_metrics import LatencyMetrics
+from engine.worker.latency_metrics import LatencyMetrics
 
 LATENCY = WorkerLatency(PrefillCost(1.0, 0.5, 0.25), DecodeCost(2.0, 0.125, 0.0625), TransferCost(0.5, 100.0))
 SLOWER = WorkerLatency(PrefillCost(2.0, 0.5, 0.25), DecodeCost(4.0, 0.125, 0.0625), TransferCost(1.5, 50.0))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.patience import FETCH_SHARE, LATE_SHARE, RELEASE_SHARE, Patience
+from engine.worker.patience import FETCH_SHARE, LATE_SHARE, RELEASE_SHARE, Patience
 
 BLOCKS = 10
 

@@ -15,9 +15,9 @@ from baton.ids import BlockHash, BlockId, RequestId, WorkerId
 from baton.rpc import common_pb2
 from engine import patience, prefetch
 from engine.interface import Reserved, Retention
-from engine.patience import FETCH_SHARE
-from engine.prefetch import NOTHING, PIN_S, Prefetched, Prefetcher
-from engine.prefetch_metrics import PrefetchMetrics
+from engine.worker.patience import FETCH_SHARE
+from engine.worker.prefetch import NOTHING, PIN_S, Prefetched, Prefetcher
+from engine.worker.prefetch_metrics import PrefetchMetrics
 from kvcache.block_hash import block_hashes, root_hash
 from kvtransfer.fetch.client import FetchCancelled, Fetched, NoLink
 from kvtransfer.landing import Landing

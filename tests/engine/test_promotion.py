@@ -8,8 +8,8 @@ import pytest
 
 from baton.errors import Unavailable
 from baton.ids import BlockHash, BlockId
-from engine.block_source import CachedBlocks
 from engine.interface import Held
+from engine.worker.block_source import CachedBlocks
 
 
 def names(*numbers: int) -> list[BlockHash]:

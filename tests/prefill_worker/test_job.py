@@ -13,7 +13,7 @@ from baton.layout import KVLayout
 from baton.rpc import transfer_pb2, worker_pb2
 from baton.rpc.convert import layout_to_proto
 from engine.interface import Admitted, BlocksDigested, BlocksWritten, Failed, Generated
-from engine.prefetch import Prefetched
+from engine.worker.prefetch import Prefetched
 from prefill_worker import job as job_module
 from prefill_worker.job import PrefillJob, Sending
 

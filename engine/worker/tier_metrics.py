@@ -9,9 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from baton.errors import Overloaded, Unavailable
-from engine.cache_admin import CacheReport, hit_tokens, report_of
 from engine.interface import Engine, EngineStats
 from engine.thread import EngineThread
+from engine.worker.cache_admin import CacheReport, hit_tokens, report_of
 from kvcache.tiers.interface import RestoreTiming, TierState
 
 E = TypeVar("E", bound=Engine)

@@ -1,7 +1,7 @@
 """Fetches the beginning of a prompt from the worker that the router's plan names, before the rest is computed.
 
-The request waits for it as engine/patience.py says, by what computing the same tokens would take, after the plan and
-after what this worker knows of itself. Then the fetch is taken back, so that what came by then counts. Whatever is not
+The request waits for it as patience.py says, by what computing the same tokens would take, after the plan and after
+what this worker knows of itself. Then the fetch is taken back, so that what came by then counts. Whatever is not
 over soon goes on without the request, which computes what it lacks; the blocks come back to the pool when nobody writes
 into them any more. Nor does a request wait for a link to be made: where there is none to that worker, one is begun for
 the next request, and this one computes.
@@ -18,13 +18,13 @@ from baton.clock import Clock, monotonic
 from baton.errors import BatonError
 from baton.ids import BlockHash, BlockId, RequestId, WorkerId
 from baton.rpc import common_pb2
-from engine.acquire import acquire
 from engine.interface import Engine, Reserved, Retention
-from engine.patience import FETCH_SHARE, Patience
-from engine.prefetch_metrics import PrefetchMetrics
-from engine.running_fetch import RunningFetch
 from engine.sequence import root_of
 from engine.thread import EngineThread
+from engine.worker.acquire import acquire
+from engine.worker.patience import FETCH_SHARE, Patience
+from engine.worker.prefetch_metrics import PrefetchMetrics
+from engine.worker.running_fetch import RunningFetch
 from kvcache.block_hash import block_hashes
 from kvtransfer.fetch.client import Fetched
 from kvtransfer.landing import Landing

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from baton.ids import BlockHash
-from engine.acquire import acquire
 from engine.interface import Engine, Held
 from engine.thread import EngineThread
+from engine.worker.acquire import acquire
 
 E = TypeVar("E", bound=Engine)
 Promotion = asyncio.Future[None]

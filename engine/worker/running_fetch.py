@@ -6,7 +6,7 @@ from typing import Any
 
 from baton.clock import Clock
 from baton.ids import BlockHash
-from engine.patience import Patience
+from engine.worker.patience import Patience
 from kvtransfer.landing import Landing
 
 

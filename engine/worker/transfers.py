@@ -13,9 +13,9 @@ from baton.errors import SettingsError, TransferError
 from baton.rpc.channels import Channels
 from baton.secret import cluster_secret
 from baton.settings import WorkerSettings
-from engine.block_source import CachedBlocks
 from engine.core import LocalEngine
 from engine.thread import EngineThread
+from engine.worker.block_source import CachedBlocks
 from kvtransfer.fetch.client import Fetcher
 from kvtransfer.fetch.servicer import FetchServicer
 from kvtransfer.inproc import InprocHub

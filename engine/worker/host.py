@@ -20,23 +20,23 @@ from baton.rpc import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.rpc.channels import Channels
 from baton.service import GrpcService
 from baton.settings import WorkerSettings
-from engine.arrival_rate import ArrivalRate
-from engine.cache_admin import CacheAdmin
-from engine.cluster_cache import ClusterCache
 from engine.core import LocalEngine
 from engine.interface import LayerListener, ModelInfo, StepResult
-from engine.metrics import EngineMetrics
 from engine.opening import load_engine
-from engine.prefetch import Prefetcher
-from engine.prefetch_metrics import PrefetchMetrics
-from engine.speed import MeasuredSpeed
 from engine.thread import EngineThread
-from engine.tier_metrics import TierMetrics, watch
-from engine.transfer_servicer import SERVICE as TRANSFER_SERVICE
-from engine.transfer_servicer import TransferServicer
-from engine.transfers import open_transfers, read_secret
-from engine.worker_figures import load_of, status_of
-from engine.worker_servicer import WorkerServicer
+from engine.worker.arrival_rate import ArrivalRate
+from engine.worker.cache_admin import CacheAdmin
+from engine.worker.cluster_cache import ClusterCache
+from engine.worker.engine_metrics import EngineMetrics
+from engine.worker.figures import load_of, status_of
+from engine.worker.prefetch import Prefetcher
+from engine.worker.prefetch_metrics import PrefetchMetrics
+from engine.worker.speed import MeasuredSpeed
+from engine.worker.tier_metrics import TierMetrics, watch
+from engine.worker.transfer_servicer import SERVICE as TRANSFER_SERVICE
+from engine.worker.transfer_servicer import TransferServicer
+from engine.worker.transfers import open_transfers, read_secret
+from engine.worker.worker_servicer import WorkerServicer
 from kvtransfer.inproc import InprocHub
 from kvtransfer.link.client import Links
 from kvtransfer.link.servicer import LinkBook

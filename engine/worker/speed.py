@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry
 from baton.latency_fit import LatencyFit
 from engine.core import LocalEngine
 from engine.interface import StepTiming
-from engine.latency_metrics import LatencyMetrics
 from engine.runner import StepLogits
 from engine.thread import EngineThread
+from engine.worker.latency_metrics import LatencyMetrics
 from kvcache.tiers.interface import RestoreTiming
 
 log = logging.getLogger(__name__)
