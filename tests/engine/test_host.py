@@ -27,9 +27,9 @@ from baton.latency_fit import LatencyFit
 from baton.rpc import events_pb2, transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.sampling import SamplingParams
 from baton.settings import WorkerSettings
-from engine import cluster_cache, tier_metrics
 from engine.core import LocalEngine
 from engine.interface import EngineRequest, Prefill, Retention, StepResult
+from engine.worker import cluster_cache, tier_metrics
 from engine.worker.arrival_rate import MEMORY_S
 from engine.worker.host import WorkerHost
 from engine.worker.worker_servicer import WorkerServicer

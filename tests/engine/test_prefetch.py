@@ -13,8 +13,8 @@ from baton.clock import monotonic
 from baton.errors import DeadlineExceeded, Overloaded, TransferError
 from baton.ids import BlockHash, BlockId, RequestId, WorkerId
 from baton.rpc import common_pb2
-from engine import patience, prefetch
 from engine.interface import Reserved, Retention
+from engine.worker import patience, prefetch
 from engine.worker.patience import FETCH_SHARE
 from engine.worker.prefetch import NOTHING, PIN_S, Prefetched, Prefetcher
 from engine.worker.prefetch_metrics import PrefetchMetrics
