@@ -95,7 +95,7 @@ class RestoreJob:
                 return
             self._is_cancelled = True
             self._changed.wait_for(lambda: not self._writers)  # one piece's memcpy
-            self._fail("The restore was cancelled.")
+            self._fail("It was given up, as whoever wanted it has gone or computes it sooner.")
             self._end()
         self._on_cancel()
         self._wake()

@@ -57,7 +57,7 @@ class FakeRestore:
 
     def cancel(self) -> None:
         if self.result is None:
-            self._end(0, "The restore was cancelled.")
+            self._end(0, "It was given up, as whoever wanted it has gone or computes it sooner.")
 
     def end(self, error: OSError | None = None) -> None:
         """Copies up what is right."""
