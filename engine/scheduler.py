@@ -1,14 +1,15 @@
 """Which sequences take part in a step, and with which blocks: continuous batching over a block pool.
 
 Pure and synchronous. First come, first served: whoever arrived first is admitted first, computed first
-and preempted last, so the oldest running sequence always gets on, and every sequence becomes the oldest.
+and preempted last, so the oldest running sequence always gets on, and every sequence becomes the oldest. Only who
+waits for what is just being restored for another is overtaken meanwhile.
 """
 
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 from baton.errors import Overloaded
 from baton.ids import BlockHash, BlockId
@@ -21,6 +22,9 @@ from kvcache.block_pool import BlockPool
 
 WATERMARK_DIVISOR = 64
 """One block in so many stays free at admission, for those that run to grow into."""
+OVERTAKEN_MAX = 8
+"""So many that wait for restores of others are overtaken at a time by those who came after them. They lose no more than
+the blocks that these take: such a restore ends, or is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +81,25 @@ class Scheduler:
 
     @property
     def can_admit(self) -> bool:
-        return (
-            bool(self.waiting)
-            and len(self.running) + len(self.reserved) < self.limits.sequences_max
-            and self._fits(self.waiting.first)
-            and not self.cache.is_coming(self._reusable(self.waiting.first))
-        )
+        return self._next() is not None
 
     def admit(self) -> list[LiveSequence]:
         """Gives those who came first blocks for all their tokens, as long as there are enough."""
         admitted = []
-        while self.can_admit:
-            first = self.waiting.first
-            self.waiting.leave(first)
-            admitted.append(self._place(first))
+        while (sequence := self._next()) is not None:
+            self.waiting.leave(sequence)
+            admitted.append(self._place(sequence))
         return admitted
+
+    def _next(self) -> LiveSequence | None:
+        """Whoever came first and does not wait for what is being restored for another. Nobody, if that one does not
+        fit."""
+        if len(self.running) + len(self.reserved) >= self.limits.sequences_max:
+            return None
+        for sequence in islice(self.waiting, 1 + OVERTAKEN_MAX):
+            if not self.cache.is_coming(self._reusable(sequence)):
+                return sequence if self._fits(sequence) else None
+        return None
 
     def _reusable(self, sequence: LiveSequence) -> Sequence[BlockHash]:
         """The names of what it might find: whole blocks, and not the last token, whose logits are needed."""

@@ -27,10 +27,6 @@ class WaitingLine:
         return iter(self._line)
 
     @property
-    def first(self) -> LiveSequence:
-        return self._line[0]
-
-    @property
     def token_context(self) -> float:
         """The sum of `new * context` over the tokens to compute, as PrefillCost has it."""
         return self._squares / 2
@@ -47,7 +43,7 @@ class WaitingLine:
         self._count(sequence, 1)
 
     def leave(self, sequence: LiveSequence) -> None:
-        """O(1) for the first."""
+        """O(its place)."""
         self._line.remove(sequence)
         self._count(sequence, -1)
 
