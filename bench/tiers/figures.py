@@ -62,7 +62,10 @@ class StepCost:
     plain_step_ms: float
     """Of an engine without tiers."""
     of_plain: float
-    """The median of each step's time over that of the same step without tiers."""
+    """The median, over pairs of engines, of the median of each step's time over that of the same step without tiers."""
+    of_plain_least: float
+    """Of the pairs."""
+    of_plain_most: float
     cpu_of_plain: float
     """The same of the CPU time of the engine's thread, which a busy machine hardly changes."""
 

@@ -55,8 +55,15 @@ class TurnTimes:
         return self.prefill if work == "prefill" else self.decode
 
 
-def step_costs(model: Path, disk: Path, turns: int, seed: int, advance: Callable[[], None]) -> list[StepCost]:
-    """`turns`: of each engine, plain and tiered ones in the order ABBA. Raises StartFailed."""
+PairTimes = Sequence[tuple[TurnTimes, TurnTimes]]
+"""Each turn's of an engine without tiers, and of one with."""
+
+
+def step_costs(
+    model: Path, disk: Path, pairs: int, turns: int, seed: int, advance: Callable[[], None]
+) -> list[StepCost]:
+    """`turns`: of each engine, plain and tiered ones in the order ABBA. How a process' memory happens to lie costs it
+    more or less than tiers do, hence `pairs` of engines, one after the other. Raises StartFailed."""
     costs = []
     below: dict[TiersDo, dict[str, Any]] = {
         "idle": {"ddr_bytes": DDR_BYTES},
@@ -64,15 +71,16 @@ def step_costs(model: Path, disk: Path, turns: int, seed: int, advance: Callable
     }
     blocks: dict[TiersDo, int] = {"idle": (turns + 2) * TURN_BLOCKS, "offload": TURN_BLOCKS + BLOCK_TOKENS}
     for tiers, settings in below.items():
-        pool = blocks[tiers]
-        with _engine(model, kv_blocks=pool) as plain, _engine(model, kv_blocks=pool, **settings) as tiered:
-            pairs = _take_turns(plain, tiered, turns, seed)
-        costs += [_cost(work, tiers, pairs) for work in WORKS]
-        advance()
+        pool, timed = blocks[tiers], list[PairTimes]()
+        for pair in range(pairs):
+            with _engine(model, kv_blocks=pool) as plain, _engine(model, kv_blocks=pool, **settings) as tiered:
+                timed.append(_take_turns(plain, tiered, turns, seed + pair * (turns + 1)))
+            advance()
+        costs += [_cost(work, tiers, timed) for work in WORKS]
     return costs
 
 
-def _take_turns(plain: Connection, tiered: Connection, turns: int, seed: int) -> list[tuple[TurnTimes, TurnTimes]]:
+def _take_turns(plain: Connection, tiered: Connection, turns: int, seed: int) -> PairTimes:
     """The first turn of each only warms up."""
     pairs = []
     for turn in range(turns + 1):
@@ -82,16 +90,23 @@ def _take_turns(plain: Connection, tiered: Connection, turns: int, seed: int) ->
     return pairs[1:]
 
 
-def _cost(work: Work, tiers: TiersDo, pairs: Sequence[tuple[TurnTimes, TurnTimes]]) -> StepCost:
-    both = [pair for plain, tiered in pairs for pair in zip(plain.of(work), tiered.of(work), strict=True)]
+def _cost(work: Work, tiers: TiersDo, pairs: Sequence[PairTimes]) -> StepCost:
+    steps = [_steps(work, pair) for pair in pairs]
+    of_plain = [median(tiered.wall_s / plain.wall_s for plain, tiered in pair) for pair in steps]
     return StepCost(
         work,
         tiers,
-        step_ms=1000 * median(tiered.wall_s for _, tiered in both),
-        plain_step_ms=1000 * median(plain.wall_s for plain, _ in both),
-        of_plain=median(tiered.wall_s / plain.wall_s for plain, tiered in both),
-        cpu_of_plain=median(tiered.cpu_s / plain.cpu_s for plain, tiered in both),
+        step_ms=1000 * median(tiered.wall_s for pair in steps for _, tiered in pair),
+        plain_step_ms=1000 * median(plain.wall_s for pair in steps for plain, _ in pair),
+        of_plain=median(of_plain),
+        of_plain_least=min(of_plain),
+        of_plain_most=max(of_plain),
+        cpu_of_plain=median(median(tiered.cpu_s / plain.cpu_s for plain, tiered in pair) for pair in steps),
     )
+
+
+def _steps(work: Work, pair: PairTimes) -> list[tuple[StepTime, StepTime]]:
+    return [both for plain, tiered in pair for both in zip(plain.of(work), tiered.of(work), strict=True)]
 
 
 # ---- the parent's end

@@ -22,10 +22,18 @@ def turn(prefill: Sequence[float], decode: Sequence[float], cpu_share: float = 0
 def test_a_ratio_is_of_the_same_step_with_and_without() -> None:
     plain = [turn([1.0, 4.0], [0.1]), turn([2.0, 8.0], [0.4])]
     tiered = [turn([1.1, 4.4], [0.1]), turn([2.0, 8.8], [0.2], cpu_share=0.6)]
-    cost = _cost("prefill", "idle", list(zip(plain, tiered, strict=True)))
+    pair = list(zip(plain, tiered, strict=True))
+    cost = _cost("prefill", "idle", [pair])
     assert (cost.step_ms, cost.plain_step_ms) == (pytest.approx(3200), pytest.approx(3000))
     assert (cost.of_plain, cost.cpu_of_plain) == (pytest.approx(1.1), pytest.approx(1.15))
-    assert _cost("decode", "offload", list(zip(plain, tiered, strict=True))).of_plain == pytest.approx(0.75)
+    assert _cost("decode", "offload", [pair]).of_plain == pytest.approx(0.75)
+
+
+def test_each_pair_of_engines_counts_once() -> None:
+    pairs = [[(turn([1.0], []), turn([ratio], []))] * repeats for ratio, repeats in ((0.9, 9), (1.1, 1), (1.2, 2))]
+    cost = _cost("prefill", "idle", pairs)
+    assert cost.of_plain == pytest.approx(1.1)
+    assert (cost.of_plain_least, cost.of_plain_most) == (pytest.approx(0.9), pytest.approx(1.2))
 
 
 def test_a_turn_times_full_chunks_and_full_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
