@@ -14,14 +14,14 @@ from baton.cluster.cache_events import CacheChanges
 from baton.cluster.membership import Membership
 from baton.cluster.redis_client import connect_redis
 from baton.cluster.worker_info import Role, State, WorkerInfo
-from baton.errors import SettingsError
+from baton.errors import SettingsError, Unavailable
 from baton.ids import BlockHash, WorkerId, new_worker_id
 from baton.rpc import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.rpc.channels import Channels
 from baton.service import GrpcService
 from baton.settings import WorkerSettings
 from engine.core import LocalEngine
-from engine.interface import LayerListener, ModelInfo, StepResult
+from engine.interface import Engine, LayerListener, ModelInfo, StepResult
 from engine.opening import load_engine
 from engine.thread import EngineThread
 from engine.worker.arrival_rate import ArrivalRate
@@ -44,6 +44,8 @@ from kvtransfer.registry import Ports
 from kvtransfer.verify import Verifier
 
 log = logging.getLogger(__name__)
+
+SETTLE_POLL_S = 0.02
 
 
 class WorkerHost:
@@ -275,15 +277,20 @@ class WorkerHost:
         await self.engine.ended()
 
     async def drain(self, until_idle: Callable[[], Awaitable[object]]) -> None:
-        """Tells the cluster to send nothing new, then waits for what runs, `drain_timeout_s` at most."""
+        """Tells the cluster to send nothing new, then waits for what runs and for what is on its way down to lower
+        tiers, where the next process on the same file finds it; `drain_timeout_s` at most."""
         self.state = "draining"
         await self._grpc.set_serving(False)
         await self._membership.announce()
         try:
             async with asyncio.timeout(self.settings.drain_timeout_s):
                 await until_idle()
+                while not await self.engine.call(_is_settled):  # noqa: ASYNC110 - tiers tell nobody when they rest
+                    await asyncio.sleep(SETTLE_POLL_S)
         except TimeoutError:
             log.warning("%s still had work after %g s of draining", self.worker_id, self.settings.drain_timeout_s)
+        except Unavailable:
+            return  # the engine has ended: `failed` says why
 
     async def close_services(self) -> None:
         """Leaves the cluster, and ends its links and the calls that are still open. Idempotent."""
@@ -304,6 +311,10 @@ class WorkerHost:
 
     def status(self) -> worker_pb2.WorkerStatus:
         return status_of(self.worker_id, self.role, self.model.name, self.state, self.engine.stats())
+
+
+def _is_settled(engine: Engine) -> bool:
+    return not engine.has_work and (engine.tiers is None or engine.tiers.is_settled)
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:

@@ -230,6 +230,10 @@ class LowerTiers(Protocol):
     @property
     def corrupt_blocks(self) -> int: ...
 
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is on its way, up or down, and `pump` begins nothing more unless something happens."""
+
     def self_test(self) -> Sequence[RestoreTiming]:
         """Writes and reads a few MB in each tier, before serving."""
 

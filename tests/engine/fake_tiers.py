@@ -164,6 +164,7 @@ class FakeTiers:
         self.pumps = 0
         self.copies_down_early = False
         self.is_closed = False
+        self.is_settled = True
         self._removed: list[tuple[BlockId, BlockHash]] = []
         self._changed: dict[BlockHash, None] = {}
         self._lent: deque[tuple[BlockId, BlockHash]] = deque()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from engine.worker.host import WorkerHost
 from engine.worker.worker_servicer import WorkerServicer
 from kvcache.block_hash import BlockHasher, root_hash
 from kvcache.directory.directory import Directory
+from kvcache.tiers.disk.slot_file import SlotFile
 from kvcache.tiers.interface import RestoreTiming
 from kvcache.tiers.store import TierStore
 from kvtransfer.link.proof import UNKNOWN_LINK
@@ -511,6 +513,46 @@ def test_an_engine_that_is_gone_answers_unavailable(serving: Serving) -> None:
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
     serving(test)
+
+
+# ---- how it ends
+
+
+async def nothing_runs() -> None: ...
+
+
+def test_it_drains_until_what_it_has_cached_lies_on_its_ssd(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = SlotFile.write
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.1)
+        write(*arguments)
+
+    monkeypatch.setattr(SlotFile, "write", write_slowly)
+
+    async def test(worker: Worker) -> None:
+        everything = await worker.generate([random_prompt(100, seed=seed) for seed in range(4)])
+        await worker.host.drain(nothing_runs)
+        wanted = set().union(*(names(worker, tokens) for tokens in everything))
+        _, ssd = await worker.host.engine.call(lambda engine: engine.tiers.states() if engine.tiers else ())
+        assert (ssd.tier, ssd.blocks) == ("ssd", len(wanted))
+
+    serving(test, ddr_bytes=2**24, ssd_dir=tmp_path, ssd_bytes=2**24)
+
+
+def test_it_does_not_drain_for_ever(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TierStore, "is_settled", False)
+
+    async def test(worker: Worker) -> None:
+        await worker.host.drain(nothing_runs)
+
+    with caplog.at_level(logging.WARNING):
+        serving(test, ddr_bytes=2**24, ssd_dir=tmp_path, ssd_bytes=2**24, drain_timeout_s=0.1)
+    assert any("still had work" in record.message for record in caplog.records)
 
 
 # ---- what it shows
