@@ -13,6 +13,7 @@ import torch
 import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import logging as transformers_logging
 
 SPECIAL_TOKENS = ("<unk>", "<bos>", "<eos>")
 CHAT_TEMPLATE = (
@@ -74,6 +75,7 @@ def make_model(directory: Path, shape: Shape, seed: int = 0) -> int:
         eos_token_id=SPECIAL_TOKENS.index("<eos>"),
     )
     torch.manual_seed(seed)
+    transformers_logging.disable_progress_bar()  # it takes no time
     model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype))
     model.save_pretrained(directory)
     make_tokenizer(shape).save_pretrained(directory)
