@@ -6,6 +6,7 @@ made for ten million blocks costs what it holds (the system gives the pages out 
 """
 
 from collections.abc import Sequence
+from struct import Struct
 from typing import Final
 
 import numpy as np
@@ -22,6 +23,7 @@ VECTOR_ROUNDS: Final = 2
 Rows = NDArray[np.int64]
 _MIX: Final = 0x9E3779B97F4A7C15
 _MASK: Final = (1 << 64) - 1
+_WORDS: Final = Struct("<QQ")
 
 
 class NameTable:
@@ -50,8 +52,8 @@ class NameTable:
 
     def find(self, name: BlockHash) -> int:
         """The name's row, or NO_ROW."""
-        low, high = _words(name)
-        return self._probe(self._home(low, high), low, high)[1]
+        low, high = _WORDS.unpack(name)
+        return self._probe(low, high)[1]
 
     def find_all(self, names: Sequence[BlockHash]) -> Rows:
         """The rows of many names, NO_ROW for those that are not there."""
@@ -65,16 +67,15 @@ class NameTable:
             found[wrong] = self._table[places[wrong]]
             wrong = wrong[self._mismatches(found[wrong], low[wrong], high[wrong])]
         for index in wrong.tolist():
-            found[index] = self._probe(int(places[index]), int(low[index]), int(high[index]))[1]
+            found[index] = self._probe(int(low[index]), int(high[index]))[1]
         return found
 
-    def add(self, name: BlockHash) -> int:
-        """A row for a name that has none. NO_ROW: every row is taken."""
-        if self._count == self.rows_max:
-            return NO_ROW
-        low, high = _words(name)
-        place, found = self._probe(self._home(low, high), low, high)
-        assert found == NO_ROW, "the name is there already"
+    def enter(self, name: BlockHash) -> int:
+        """The name's row, a new one if it had none. NO_ROW: every row is taken."""
+        low, high = _WORDS.unpack(name)
+        place, found = self._probe(low, high)
+        if found != NO_ROW or self._count == self.rows_max:
+            return found
         row = self._take_row()
         self._low[row], self._high[row], self._row_at[place] = low, high, row
         self._count += 1
@@ -83,7 +84,7 @@ class NameTable:
     def remove(self, row: int) -> None:
         """The name is gone and the row may be given again."""
         low, high = self._low[row], self._high[row]
-        place, found = self._probe(self._home(low, high), low, high)
+        place, found = self._probe(low, high)
         assert found == row
         self._close_gap(place)
         self._low[row], self._high[row], self._next_free = self._next_free, 0, row
@@ -102,13 +103,13 @@ class NameTable:
         self._table[places[fits]] = rows[fits]
         for row in rows[~fits].tolist():  # past the end: from the beginning
             low, high = self._low[row], self._high[row]
-            self._row_at[self._probe(self._home(low, high), low, high)[0]] = row
+            self._row_at[self._probe(low, high)[0]] = row
         self.low[others], self.high[others] = np.append(others[1:], NO_ROW)[: len(others)], 0
         self._next_free = int(others[0]) if len(others) else NO_ROW
         self._count = len(rows)
 
     def name(self, row: int) -> BlockHash:
-        return BlockHash(self._low[row].to_bytes(8, "little") + self._high[row].to_bytes(8, "little"))
+        return BlockHash(_WORDS.pack(self._low[row], self._high[row]))
 
     def names(self, rows: Rows) -> list[BlockHash]:
         return names_of(self.words(rows))
@@ -132,9 +133,11 @@ class NameTable:
         mixed = ((low ^ high) * _MIX & _MASK) >> 32
         return mixed * self._places >> 32
 
-    def _probe(self, place: int, low: int, high: int) -> tuple[int, int]:
-        """From this place on: where the name is and its row, or the first empty place and NO_ROW."""
+    def _probe(self, low: int, high: int) -> tuple[int, int]:
+        """Where the name is and its row, or the first empty place and NO_ROW."""
         row_at, lows, highs = self._row_at, self._low, self._high
+        place = ((low ^ high) * _MIX & _MASK) >> 32  # its home; a call of `_home` would take as long as all the rest
+        place = place * self._places >> 32
         while (row := row_at[place]) and (lows[row] != low or highs[row] != high):
             place += 1
             if place == self._places:
@@ -178,7 +181,3 @@ class NameTable:
 def names_of(words: NDArray[np.uint64]) -> list[BlockHash]:
     data = words.astype("<u8").tobytes()
     return [BlockHash(data[start : start + HASH_BYTES]) for start in range(0, len(data), HASH_BYTES)]
-
-
-def _words(name: BlockHash) -> tuple[int, int]:
-    return int.from_bytes(name[:8], "little"), int.from_bytes(name[8:], "little")

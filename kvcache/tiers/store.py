@@ -15,8 +15,10 @@ from baton.ids import BlockHash, BlockId, TenantTag
 from baton.latency import Tier
 from kvcache.eviction.interface import KeepPolicy
 from kvcache.name_table import NO_ROW
+from kvcache.tiers.index.coming import NOBODYS, Coming
 from kvcache.tiers.index.hot_prefixes import hottest
 from kvcache.tiers.index.shelves import Shelves
+from kvcache.tiers.index.sweeps import rows_below, rows_of
 from kvcache.tiers.index.tenants import NO_TAG
 from kvcache.tiers.index.use_counts import UseCounts
 from kvcache.tiers.index.worth import Worth
@@ -62,18 +64,6 @@ class StoreShape:
     bytes_in_flight_max: int
 
 
-@dataclass(frozen=True, slots=True)
-class Coming:
-    """A prompt of which blocks will be published."""
-
-    root: BlockHash
-    names: Sequence[BlockHash]
-    owner: Owner
-
-    def parent(self, depth: int) -> BlockHash:
-        return self.names[depth - 1] if depth else self.root
-
-
 class TierStore:
     """Implements LowerTiers. Takes over the I/O; `on_close` is called once its threads have ended."""
 
@@ -98,7 +88,7 @@ class TierStore:
         self._shelves = Shelves(shape.hbm_blocks, shape.ddr_slots, shape.ssd_slots, shape.row_bytes, shape.storage)
         self._index = self._shelves.index
         self._worth = Worth(self._index, policy, saved_s, shape.row_bytes, random)
-        self._use_counts = UseCounts(self._index, policy)
+        self._use_counts = UseCounts(self._index, policy, shape.hbm_blocks)
         self._demotions = Demotions(self._shelves, self._io, self._worth, shape.bytes_in_flight_max)
         self._backups = Backups(self._shelves, self._demotions, shape.bytes_in_flight_max)
         self._offloads = Offloads(
@@ -109,11 +99,7 @@ class TierStore:
         self._found = FoundSlots(self._shelves, lambda: self.wake())
         self._scan: Job[None] | None = self._io.scan(self._found.found) if shape.ssd_slots else None
         self._demotions.is_scanned = self._scan is None
-        self._coming = Coming(BlockHash(b""), (), Owner(TenantTag(bytes(8))))
-        self._coming_at: dict[BlockHash, int] = {}
-        """Where in it those are that lie nowhere yet."""
-        self._restored: dict[BlockHash, None] = {}
-        """Began to come up and were not published yet: a use that has been counted. At most as many as HBM has."""
+        self._coming = Coming(BlockHash(b""), (), NOBODYS, {})
         self._removed: list[BlockId] = []
         self._pool: PoolView | None = None
         self._is_closed = False
@@ -122,21 +108,15 @@ class TierStore:
 
     def stored(self, block: BlockId, name: BlockHash) -> None:
         self._forget_unflushed()
-        depth = self._coming_at.pop(name, None)
-        row = self._index.find(name) if depth is None else NO_ROW
+        is_coming = name in self._coming.depths
+        row = NO_ROW if is_coming else self._index.find(name)
         if row == NO_ROW:
-            row = self._add(name, depth)
+            row = self._coming.enter(self._index, name, self._clock())
         self._shelves.put(row, "hbm", block)
-        if depth is not None:
+        if is_coming:
+            del self._coming.depths[name]
             self._promise([row], self._coming.owner)
         self._offloads.is_due = True
-
-    def _add(self, name: BlockHash, depth: int | None) -> int:
-        """A block that nobody told of has no known predecessor and is nobody's."""
-        if depth is None:
-            return self._index.add(name, None, 0, TenantTag(bytes(8)), self._clock())
-        coming = self._coming
-        return self._index.add(name, coming.parent(depth), depth, coming.owner.tenant, self._clock())
 
     def removed(self, block: BlockId, name: BlockHash) -> None:  # noqa: ARG002 - the listener's signature
         if self._index.row_of_block(block) != NO_ROW:
@@ -160,25 +140,16 @@ class TierStore:
         if not new:
             return
         now_s = self._clock()
-        self._count_uses(new, first, now_s)
+        self._use_counts.published(new, first, now_s)
         found = self._index.table.find_all(new) if len(new) > 1 else np.array([self._index.table.find(new[0])])
         are_present = self._index.are_present(found)
         rows = found[are_present]
         if len(rows):
             self._index.use(rows, now_s)
             self._promise(rows.tolist(), owner)
-        self._coming = Coming(root, names, owner)
         is_new = (~are_present).tolist()
-        self._coming_at = {name: depth for depth, name in enumerate(new, first) if is_new[depth - first]}
-
-    def _count_uses(self, names: Sequence[BlockHash], first: int, now_s: float) -> None:
-        """Without those that came up for a request that was counted when it did."""
-        restored = len(self._restored)
-        for depth, name in enumerate(names, first) if restored else ():
-            if self._restored.pop(name, self) is self:
-                self._use_counts.used([name], depth, now_s)
-        if not restored:
-            self._use_counts.used(names, first, now_s)
+        depths = {name: depth for depth, name in enumerate(new, first) if is_new[depth - first]}
+        self._coming = Coming(root, names, owner, depths)
 
     def used(self, names: Sequence[BlockHash], owner: Owner) -> None:
         rows = self._shelves.present(names)
@@ -205,7 +176,7 @@ class TierStore:
 
     def pump(self, pool: PoolView) -> None:
         self._pool = pool
-        self._demotions.spared.clear()
+        self._demotions.room.spared.clear()
         self._forget_unflushed()
         self._take_in()
         if self._is_closed:
@@ -248,14 +219,12 @@ class TierStore:
 
     def locate(self, names: Sequence[BlockHash]) -> Sequence[LowerTier]:
         rows = self._shelves.located(names)
-        self._demotions.spared.update(rows)
+        self._demotions.room.spared.update(rows)
         in_ddr = self._index.places["ddr"][rows] > 0
         return ["ddr" if is_in else "ssd" for is_in in in_ddr.tolist()]
 
     def restore(self, names: Sequence[BlockHash], blocks: Sequence[BlockId]) -> Restore:
-        self._restored.update(dict.fromkeys(names))
-        while len(self._restored) > self._shape.hbm_blocks:
-            del self._restored[next(iter(self._restored))]
+        self._use_counts.coming_up(names)
         return self._restores.begin(names, blocks)
 
     def tier_of(self, name: BlockHash) -> Tier | None:
@@ -295,11 +264,11 @@ class TierStore:
         self._shelves.pin(rows, until_s)
 
     def clear(self, tenant: TenantTag | None) -> tuple[int, int]:
-        self._offloads.void(self._index.rows_of(tenant).tolist())
+        self._offloads.void(rows_of(self._index, tenant).tolist())
         for block in self._removed:  # the pool's part of this clearing
             self._shelves.drop(self._index.row_of_block(block), "hbm")
         self._removed.clear()
-        rows = self._index.rows_below(tenant)
+        rows = rows_below(self._index, tenant)
         copies = self._shelves.forget_many(rows)
         if self._scan is not None:
             self._found.clear(tenant)

@@ -23,7 +23,7 @@ def test_it_is_a_dictionary_from_names_to_rows_of_their_own() -> None:
             table.remove(model.pop(name))
         else:
             name = random_name(rng)
-            model[name] = table.add(name)
+            model[name] = table.enter(name)
         assert len(table) == len(model)
         if step % 100 == 0:
             table.check_integrity()
@@ -39,17 +39,17 @@ def test_it_is_a_dictionary_from_names_to_rows_of_their_own() -> None:
 
 def test_a_full_table_says_so_and_gives_rows_again() -> None:
     table = NameTable(3)
-    rows = [table.add(BlockHash(bytes([number] * 16))) for number in range(3)]
+    rows = [table.enter(BlockHash(bytes([number] * 16))) for number in range(3)]
     assert sorted(rows) == [1, 2, 3]
-    assert table.add(BlockHash(bytes([9] * 16))) == NO_ROW
+    assert table.enter(BlockHash(bytes([9] * 16))) == NO_ROW
     table.remove(rows[1])
-    assert table.add(BlockHash(bytes([9] * 16))) == rows[1]
+    assert table.enter(BlockHash(bytes([9] * 16))) == rows[1]
 
 
 def test_names_that_all_belong_in_one_place_are_found() -> None:
     table = NameTable(40)
     names = [BlockHash(number.to_bytes(8, "little") * 2) for number in range(1, 41)]  # low ^ high is always 0
-    rows = {name: table.add(name) for name in names}
+    rows = {name: table.enter(name) for name in names}
     for name in names[::3]:
         table.remove(rows.pop(name))
     table.check_integrity()
@@ -59,7 +59,7 @@ def test_names_that_all_belong_in_one_place_are_found() -> None:
 def test_memory_grows_with_what_it_holds() -> None:
     table = NameTable(1000)
     for number in range(100):
-        table.add(BlockHash(number.to_bytes(16, "little")))
+        table.enter(BlockHash(number.to_bytes(16, "little")))
     assert table.size_bytes == table._table.nbytes + 16 * 101
 
 
@@ -71,13 +71,13 @@ def name_of(number: int) -> BlockHash:
 def test_all_but_some_go_at_once(numbers: set[int], seed: int) -> None:
     """A table so full that probes go past its end."""
     table = NameTable(64)
-    rows = {number: table.add(name_of(number)) for number in numbers}
+    rows = {number: table.enter(name_of(number)) for number in numbers}
     kept = {number for number in numbers if random.Random(seed + number).random() < 0.7}
     are_kept = np.zeros(table.rows_used + 1, bool)
     are_kept[[rows[number] for number in kept]] = True
     table.keep(are_kept)
     table.check_integrity()
     assert all(table.find(name_of(number)) == (rows[number] if number in kept else NO_ROW) for number in numbers)
-    again = [table.add(name_of(10**6 + 1 + number)) for number in range(64 - len(kept))]
+    again = [table.enter(name_of(10**6 + 1 + number)) for number in range(64 - len(kept))]
     assert len({*again, *(rows[number] for number in kept)}) == 64
     table.check_integrity()

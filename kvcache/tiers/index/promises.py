@@ -12,7 +12,8 @@ from math import inf
 
 from baton.ids import TenantTag
 from kvcache.tiers.index.deadlines import Deadlines
-from kvcache.tiers.index.tier_index import Mark, TierIndex
+from kvcache.tiers.index.marks import Mark
+from kvcache.tiers.index.tier_index import TierIndex
 from kvcache.tiers.interface import Owner
 
 

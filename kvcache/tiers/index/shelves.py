@@ -11,9 +11,11 @@ from baton.ids import BlockHash
 from baton.latency import Tier
 from kvcache.name_table import NO_ROW, Rows, names_of
 from kvcache.tiers.index.deadlines import Deadlines
+from kvcache.tiers.index.marks import Mark
 from kvcache.tiers.index.promises import Promises
 from kvcache.tiers.index.slots import Slots
-from kvcache.tiers.index.tier_index import Mark, TierIndex
+from kvcache.tiers.index.sweeps import drop_below, remove_gone, rows_below
+from kvcache.tiers.index.tier_index import TierIndex
 from kvcache.tiers.interface import LowerTier, Slot, SlotHeader, StorageFormat, TierState
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Shelves:
 
     @property
     def has_ssd(self) -> bool:
-        return self.index.has_ssd
+        return self.index.leaves.has_ssd
 
     # ---- putting and dropping
 
@@ -65,8 +67,9 @@ class Shelves:
         if is_last:
             self._changed.pop(row, None)
             self._gone[self.index.table.name(row)] = None
-            self.promises.forget(row)
-            self._pins.discard(row)
+            if self.index.is_marked(row, Mark.PROMISED | Mark.PINNED):
+                self.promises.forget(row)
+                self._pins.discard(row)
         else:
             self._changed[row] = None
         place = self.index.drop(row, tier)
@@ -91,9 +94,9 @@ class Shelves:
         """Serving goes on without it; its slots are never touched again."""
         if not self.has_ssd:
             return
-        self.ssd_off_reason, self.index.has_ssd = reason, False
+        self.ssd_off_reason, self.index.leaves.has_ssd = reason, False
         log.warning("The SSD tier is off until this worker starts again: %s", reason)
-        self.dropped_blocks += self._drop_many(self.index.rows_below(None), ["ssd"], erase=False)
+        self.dropped_blocks += self._drop_many(rows_below(self.index, None), ["ssd"], erase=False)
 
     def forget_many(self, rows: Rows) -> int:
         """Below HBM, and on the disk; how many copies that were."""
@@ -105,12 +108,12 @@ class Shelves:
         """How many blocks lie nowhere now."""
         if not len(rows):
             return 0
-        places, gone = self.index.drop_below(rows, tiers)
+        places, gone = drop_below(self.index, rows, tiers)
         if len(gone):
             self._gone_words.append(self.index.table.words(gone))
         is_gone = ~self.index.are_present(rows)
         self._changed.update(dict.fromkeys(rows[~is_gone].tolist()))
-        self.index.remove_gone(gone)
+        remove_gone(self.index, gone)
         for row in [row for row in self._changed if not self.index.is_present(row)]:
             del self._changed[row]
         for row in [row for row in self.promises if not self.index.is_present(row)]:

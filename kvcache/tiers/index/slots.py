@@ -39,7 +39,7 @@ class Slots:
 
     def give_back(self, slot: Slot, erase: bool = False) -> None:
         """Nobody needs what it holds: free once nobody holds it and, if so wished, it has been erased."""
-        if self._holders[slot]:
+        if slot in self._holders:
             self._left[slot] = erase
         elif erase:
             self.to_erase.append(slot)

@@ -19,11 +19,29 @@ WAIT_S: Final = 0.1
 class UseCounts:
     """How often a block was used comes to the index a little later than that it was."""
 
-    def __init__(self, index: TierIndex, policy: KeepPolicy) -> None:
+    def __init__(self, index: TierIndex, policy: KeepPolicy, hbm_blocks: int) -> None:
         self._index, self._policy = index, policy
         self._depth: dict[BlockHash, int] = {}
         """Of those that the policy was not told of yet."""
         self._since_s = 0.0
+        self._coming_up: dict[BlockHash, None] = {}
+        """And were not published yet: a use that has been counted. At most as many as HBM has."""
+        self._coming_up_max = hbm_blocks
+
+    def coming_up(self, names: Sequence[BlockHash]) -> None:
+        """A request that uses them has them restored, of which `used` is told as well."""
+        self._coming_up.update(dict.fromkeys(names))
+        while len(self._coming_up) > self._coming_up_max:
+            del self._coming_up[next(iter(self._coming_up))]
+
+    def published(self, names: Sequence[BlockHash], first: int, now_s: float) -> None:
+        """They are used, but for those that came up for a request that was counted when it did."""
+        if not self._coming_up:
+            self.used(names, first, now_s)
+            return
+        for depth, name in enumerate(names, first):
+            if self._coming_up.pop(name, self) is self:
+                self.used([name], depth, now_s)
 
     def used(self, names: Sequence[BlockHash], first: int, now_s: float) -> None:
         """Blocks of a prompt, the first at depth `first`."""

@@ -11,8 +11,8 @@ from typing import Final
 import numpy as np
 
 from kvcache.name_table import Rows
+from kvcache.tiers.index.marks import Mark
 from kvcache.tiers.index.shelves import Shelves
-from kvcache.tiers.index.tier_index import Mark
 from kvcache.tiers.moves.demotions import ROOM_DIVISOR, Demotions
 
 LITTLE_DIVISOR: Final = 64

@@ -1,14 +1,15 @@
-"""DDR to SSD, and out: who makes room when a tier is full."""
+"""DDR to SSD when DDR runs full, and what is to be erased there."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Final
 
+from kvcache.tiers.index.marks import Mark
 from kvcache.tiers.index.shelves import Shelves
-from kvcache.tiers.index.tier_index import Mark
 from kvcache.tiers.index.worth import Worth
-from kvcache.tiers.interface import LowerTier, Slot
+from kvcache.tiers.interface import Slot
+from kvcache.tiers.moves.room import CHAIN, Room
 from kvcache.tiers.moves.store_io import Job, StoreIo
 
 LOW_DIVISOR: Final = 32
@@ -18,14 +19,8 @@ LOW_MIN: Final = 16
 """No fewer than so many, in a DDR that has eight times as many."""
 BATCH: Final = 16
 """Blocks that are sent down at one time at least: a fraction of a millisecond."""
-CHAIN: Final = 8
-"""Blocks of one prompt that go down together, into adjacent slots: one system call brings them back."""
-DROP_TURNS_MAX: Final = 4
-"""Samples that one `flush` may draw."""
 ERASED_MAX: Final = 4096
 ROOM_DIVISOR: Final = 8
-SHED_OF_SAMPLE: Final = 32
-SHED_TURNS_MAX: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +47,14 @@ class Demotions:
     def __init__(self, shelves: Shelves, io: StoreIo, worth: Worth, bytes_max: int) -> None:
         """`bytes_max`: in flight, of all that goes down."""
         self._shelves, self._io, self._worth, self._bytes_max = shelves, io, worth, bytes_max
+        self.room = Room(shelves, worth)
         ddr_slots = shelves.slots["ddr"].total
         self._low = max(1, ddr_slots // LOW_DIVISOR, min(LOW_MIN, ddr_slots // 8))
         self._high = self._low + max(1, self._low // 2)
         self.under_way: list[Demotion] = []
         self._erasing: list[tuple[Job[None], list[Slot]]] = []
-        self._floor = -inf
-        """What the weakest block of the SSD is worth, as far as is known in this turn: nothing worth less is sent."""
         self.arrived = 0
         """Blocks that have been sent into DDR since room was made last."""
-        self.spared: set[int] = set()
-        """Rows that the engine is about to have restored: nothing drops them at once."""
         self.is_scanned = False
         """Until then nobody knows which slots are free."""
 
@@ -111,14 +103,14 @@ class Demotions:
         is_still_there = (
             index.is_marked(row, Mark.MOVING) and index.is_in(row, "ddr") and index.place(row, "ddr") == ddr_slot
         )
-        if is_still_there:
-            index.mark(row, Mark.MOVING, False)
         if is_still_there and is_written and self._shelves.has_ssd:
             self._shelves.put_down(row, "ssd", ssd_slot)
             if not keeps_ddr:
                 self._shelves.drop(row, "ddr")
         else:
             self._shelves.slots["ssd"].give_back(ssd_slot, erase=True)
+        if is_still_there:
+            index.mark(row, Mark.MOVING, False)
 
     def erase(self) -> None:
         """Begins with what is to be erased, once it has been scanned: so many at one time that freeing them takes
@@ -135,14 +127,15 @@ class Demotions:
         """Sends the least valuable leaves down when DDR runs full, with what they alone hang on: a few, or twice as
         many as have come meanwhile. Where the SSD is nearly full, nothing has a place in both while other blocks are
         dropped."""
-        count, self.arrived, self._floor = max(BATCH, 2 * self.arrived), 0, -inf
+        count, self.arrived = max(BATCH, 2 * self.arrived), 0
+        self.room.draw_again()
         on_their_way = sum(len(demotion.rows) for demotion in self.under_way if not demotion.keeps_ddr)
         free = self._shelves.slots["ddr"].free + on_their_way
         if free >= self._low:
             return
         short, batch = min(count, self._high - free), Batch([], [])
         if not self.has_room_below:
-            short -= self.shed(self._shelves.slots["ddr"].free + short, now_s)
+            short -= self.room.shed(self._shelves.slots["ddr"].free + short, now_s)
         room = self._room()
         for row, value in self._victims(short, now_s):
             length = min(CHAIN, short, room - len(batch.rows))
@@ -160,25 +153,26 @@ class Demotions:
 
     def _victims(self, count: int, now_s: float) -> Iterator[tuple[int, float]]:
         """Copies of what HBM is not about to evict come first: they can be made again."""
-        weakest = self._worth.weakest("ddr", now_s, count)
-        for is_redundant in (True, False):
-            for row, value in weakest:
-                if row in self._shelves.index.leaves["ddr"] and self._is_redundant(row) is is_redundant:
-                    yield row, value
-
-    def _is_redundant(self, row: int) -> bool:
-        index = self._shelves.index
-        return index.is_in(row, "hbm") and not index.is_marked(row, Mark.GOING | Mark.PROMISED)
+        leaves, others = self._shelves.index.leaves.of["ddr"], []
+        for row, value in self._worth.weakest("ddr", now_s, count):
+            if not self.room.is_redundant(row):
+                others.append((row, value))
+            elif row in leaves:
+                yield row, value
+        yield from ((row, value) for row, value in others if row in leaves)
 
     def _send_down(self, chain: Sequence[int], value: float, batch: Batch, now_s: float) -> int:
         """The chain's leaf comes first. How many slots of DDR are free for it, or will be."""
         index = self._shelves.index
-        lacking = [row for row in chain if not index.is_in(row, "ssd") and not self._is_redundant(row)]
+        lacking = []
         for row in chain:
-            if row not in lacking:
+            if index.is_in(row, "ssd") or self.room.is_redundant(row):
                 self._shelves.drop(row, "ddr")
-        worth = inf if index.is_marked(chain[0], Mark.PROMISED) else value
-        written = self._write(lacking, worth, batch, now_s)
+            else:
+                lacking.append(row)
+        if index.is_marked(chain[0], Mark.PROMISED) or not self.room.is_bare(chain[0]):
+            value = inf  # what blocks on the SSD hang on is worth no less than the weakest of them
+        written = self._write(lacking, value, batch, now_s)
         kept = 0
         for row in lacking[: len(lacking) - written]:
             if kept or not self._may_be_lost(row):
@@ -191,33 +185,20 @@ class Demotions:
         """For want of room below: not what was promised, nor what blocks on the SSD hang on."""
         if self._shelves.has_ssd and not self.is_scanned:
             return False  # there may be room soon
-        return self._is_bare(row) and not self._shelves.index.is_marked(row, Mark.PROMISED)
-
-    def _is_bare(self, row: int) -> bool:
-        """Without its copy in DDR, no block here is without its predecessor."""
-        index = self._shelves.index
-        return not index.children[row] or index.is_in(row, "hbm") or index.is_in(row, "ssd")
+        return self.room.is_bare(row) and not self._shelves.index.is_marked(row, Mark.PROMISED)
 
     def _write(self, lacking: Sequence[int], value: float, batch: Batch, now_s: float) -> int:
         """Adds to the batch what the SSD has room for, or less valuable blocks: the chain's head rather than its tail.
         How many."""
         if not lacking or not self._shelves.has_ssd or not self.is_scanned:
             return 0
-        slots = self._ssd_slots(len(lacking), value, now_s)
+        slots = self.room.ssd_slots(len(lacking), value, now_s)
         rows = list(reversed(lacking))[: len(slots)]
         for row in rows:
             self._shelves.index.mark(row, Mark.MOVING, True)
         batch.rows += rows
         batch.ssd_slots += slots
         return len(rows)
-
-    def _ssd_slots(self, count: int, value: float, now_s: float) -> list[Slot]:
-        """Free ones, or those of blocks that are worth less than `value`; of these a batch or two at one time, for what
-        goes down next is worth no less."""
-        free = self._shelves.slots["ssd"].free
-        if free < count and value > self._floor:
-            self._floor = self._drop("ssd", [value] * (max(count, 2 * BATCH) - free), now_s)
-        return self._shelves.slots["ssd"].take(count)
 
     def back_up(self, rows: list[int]) -> None:
         """Copies of these, which lie in DDR alone, to free slots of the SSD, of which there are as many."""
@@ -235,60 +216,3 @@ class Demotions:
         self._shelves.slots["ddr"].hold(ddr_slots)
         job = self._io.demote(ddr_slots, batch.ssd_slots, [self._shelves.header(row) for row in batch.rows])
         self.under_way.append(Demotion(job, tuple(batch.rows), tuple(ddr_slots), tuple(batch.ssd_slots), keeps_ddr))
-
-    # ---- dropping
-
-    def shed(self, free_wanted: int, now_s: float) -> int:
-        """Makes so many slots of DDR free, as far as that is possible at no loss: of blocks that lie on the SSD too.
-        How many blocks leave it."""
-        missing = first = free_wanted - self._shelves.slots["ddr"].free
-        for _ in range(SHED_TURNS_MAX):
-            rows = [row for row in self._worth.spare(now_s) if row not in self.spared] if missing > 0 else []
-            for row in rows[: min(missing, SHED_OF_SAMPLE)]:
-                self._shelves.drop(row, "ddr")
-                missing -= 1
-            if not rows:
-                break
-        return max(0, first) - max(0, missing)
-
-    def drop_for(self, values: Sequence[float], now_s: float) -> None:
-        """Makes room in DDR at once for blocks that are worth so much, the most first: what is on the SSD too goes, and
-        then what can be copied again from HBM, before what is worth less. There is no time to write to the SSD."""
-        self.shed(len(values), now_s)
-        slots = self._shelves.slots["ddr"]
-        if slots.free < len(values):
-            for row, _ in self._worth.weakest("ddr", now_s):
-                if slots.free < len(values) and self._is_redundant(row) and self._may_go(row, "ddr"):
-                    self._shelves.drop(row, "ddr")
-        for _ in range(DROP_TURNS_MAX):
-            free = slots.free
-            self._drop("ddr", values[free:], now_s)
-            if slots.free in (free, len(values)):
-                break
-
-    def _drop(self, tier: LowerTier, values: Sequence[float], now_s: float) -> float:
-        """The weakest leaves, a block for each newcomer that is worth more. What the weakest of those that stay is
-        worth, if it is one newcomer too many for them; else -inf."""
-        if not values:
-            return -inf
-        wanted = iter(values)
-        newcomer = next(wanted, None)
-        leaves = self._shelves.index.leaves[tier]
-        for row, value in self._worth.weakest(tier, now_s, len(values)):
-            if newcomer is None:
-                break
-            if value >= newcomer:
-                return value
-            for each in self._shelves.index.chain(row, tier, CHAIN) if row in leaves else ():
-                if newcomer is None or value >= newcomer or not self._may_go(each, tier):
-                    break
-                self._shelves.let_drop(each, tier)
-                newcomer = next(wanted, None)
-        return -inf
-
-    def _may_go(self, row: int, tier: LowerTier) -> bool:
-        """At once."""
-        index = self._shelves.index
-        if row not in index.leaves[tier] or row in self.spared or index.is_marked(row, Mark.PROMISED):
-            return False
-        return tier == "ssd" or self._is_bare(row)

@@ -10,6 +10,7 @@ import numpy as np
 from baton.ids import TenantTag
 from kvcache.name_table import NO_ROW
 from kvcache.tiers.index.shelves import Shelves
+from kvcache.tiers.index.sweeps import age_orphans
 from kvcache.tiers.interface import Slot, SlotHeader
 
 WAITING_MAX: Final = 8192
@@ -83,4 +84,4 @@ class FoundSlots:
         places = self._shelves.index.places["ssd"][: self._shelves.index.table.rows_used + 1]
         taken = [Slot(place - 1) for place in places[np.flatnonzero(places)].tolist()]
         self._shelves.slots["ssd"].free_others(taken)
-        self._shelves.index.age_orphans()
+        age_orphans(self._shelves.index)

@@ -7,11 +7,12 @@ from itertools import islice
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from baton.ids import BlockHash, BlockId
 from kvcache.name_table import NO_ROW
+from kvcache.tiers.index.marks import Mark
 from kvcache.tiers.index.shelves import Shelves
-from kvcache.tiers.index.tier_index import Mark
 from kvcache.tiers.index.worth import Worth
 from kvcache.tiers.interface import PoolView, Slot
 from kvcache.tiers.moves.demotions import ROOM_DIVISOR, Demotions
@@ -109,9 +110,10 @@ class Offloads:
             self._send(pool, self._oldest(min(count, self._room_below(count, now_s))))
 
     def _soon(self, pool: PoolView, count: int) -> list[tuple[int, BlockId]]:
-        rows = [(self._shelves.index.row_of_block(block), block) for block, _ in pool.upcoming(self._ahead)]
-        wanted = [(row, block) for row, block in rows if row != NO_ROW and self._is_wanted(row)]
-        return wanted[: min(count, self._shelves.slots["ddr"].free)]
+        blocks = np.array([block for block, _ in pool.upcoming(self._ahead)], np.int64)
+        rows = self._shelves.index.row_in_block[blocks]
+        wanted = np.flatnonzero(self._are_wanted(rows))[: min(count, self._shelves.slots["ddr"].free)]
+        return list(zip(rows[wanted].tolist(), map(BlockId, blocks[wanted].tolist()), strict=True))
 
     def _oldest(self, count: int) -> list[tuple[int, BlockId]]:
         index = self._shelves.index
@@ -122,16 +124,18 @@ class Offloads:
         Where all tiers are full, what HBM does not evict soon would only push out what is in no other tier."""
         slots = self._shelves.slots["ddr"]
         if self._demotions.has_room_below:
-            self._demotions.shed(self._demotions.free_wanted + count, now_s)
+            self._demotions.room.shed(self._demotions.free_wanted + count, now_s)
             return max(0, slots.free - self._demotions.free_wanted)
         return max(0, slots.free - max(self._demotions.free_wanted, slots.total // ROOM_DIVISOR))
 
-    def _is_wanted(self, row: int) -> bool:
+    def _are_wanted(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
         """What came up from the SSD is worth a place in DDR the second time, while there is room."""
         index = self._shelves.index
-        if index.is_marked(row, Mark.MOVING | Mark.DECLINED) or index.is_in(row, "ddr"):
-            return False
-        return not index.is_in(row, "ssd") or index.is_marked(row, Mark.FROM_BELOW)
+        marks = index.marks[rows]
+        are_lacking = (index.places["ssd"][rows] == 0) | ((marks & np.uint8(Mark.FROM_BELOW)) > 0)
+        are_lacking &= (index.places["ddr"][rows] == 0) & (rows != NO_ROW)
+        are_wanted: NDArray[np.bool_] = are_lacking & ((marks & np.uint8(Mark.MOVING | Mark.DECLINED)) == 0)
+        return are_wanted
 
     def _send(self, pool: PoolView, wanted: Sequence[tuple[int, BlockId]]) -> int:
         """For which there are slots; how many."""
@@ -181,7 +185,7 @@ class Offloads:
         if room < len(needed) or self._shelves.slots["ddr"].free < room:
             values = self._worth.values([row for row, _ in needed], now_s)
             order = np.argsort(-values, kind="stable")[:room].tolist()
-            self._demotions.drop_for(values[order].tolist(), now_s)
+            self._demotions.room.drop_for(values[order].tolist(), now_s)
             needed = [needed[at] for at in order]
         return needed[: self._shelves.slots["ddr"].free]
 

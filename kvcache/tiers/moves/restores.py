@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.ids import BlockHash, BlockId
+from kvcache.tiers.index.marks import Mark
 from kvcache.tiers.index.shelves import LOWER, Shelves
-from kvcache.tiers.index.tier_index import Mark
 from kvcache.tiers.interface import LowerTier, Restored, Slot
 from kvcache.tiers.io.interface import RestorePart
 from kvcache.tiers.moves.store_io import RunningRestore, StoreIo

@@ -13,11 +13,13 @@ from baton.latency import TIERS
 from bench.tier_index import measure_index
 from kvcache.name_table import NO_ROW
 from kvcache.tiers.index.deadlines import Deadlines
+from kvcache.tiers.index.marks import Mark
 from kvcache.tiers.index.promises import Promises
 from kvcache.tiers.index.row_set import RowSet
 from kvcache.tiers.index.slots import Slots
+from kvcache.tiers.index.sweeps import age_orphans, drop_below, remove_gone, rows_of
 from kvcache.tiers.index.tenants import NO_TAG, NOBODY, Tenants
-from kvcache.tiers.index.tier_index import Mark, TierIndex
+from kvcache.tiers.index.tier_index import TierIndex
 from kvcache.tiers.interface import LowerTier, Owner, Slot
 
 TENANT = tenant_tag("a")
@@ -39,9 +41,9 @@ def chain_of(index: TierIndex, length: int, tier: str = "ddr") -> list[int]:
 def test_only_what_nothing_hangs_on_may_go() -> None:
     index = TierIndex(4, 4, 4)
     rows = chain_of(index, 3)
-    assert [row in index.leaves["ddr"] for row in rows] == [False, False, True]
+    assert [row in index.leaves.of["ddr"] for row in rows] == [False, False, True]
     index.drop(rows[2], "ddr")
-    assert rows[1] in index.leaves["ddr"]
+    assert rows[1] in index.leaves.of["ddr"]
     index.check_integrity()
 
 
@@ -50,10 +52,10 @@ def test_a_block_on_the_ssd_does_not_keep_its_head_in_ddr() -> None:
     head, tail = chain_of(index, 2)
     index.put(tail, "ssd", 0)
     index.drop(tail, "ddr")
-    assert head in index.leaves["ddr"]
+    assert head in index.leaves.of["ddr"]
     index.put(head, "ssd", 1)
-    assert head not in index.leaves["ssd"]
-    assert tail in index.leaves["ssd"]
+    assert head not in index.leaves.of["ssd"]
+    assert tail in index.leaves.of["ssd"]
     index.check_integrity()
 
 
@@ -63,7 +65,7 @@ def test_what_has_lost_its_head_is_as_old_as_can_be() -> None:
     whole = index.add(name(100), name(99), 0, TENANT, 5.0)
     index.put(whole, "ssd", 7)
     index.drop(rows[2], "ssd")
-    index.age_orphans()
+    age_orphans(index)
     assert index.used_at[[*rows[:2], whole]].tolist() == [0.0, 0.0, 5.0]
     assert index.used_at[rows[3:]].tolist() == [-inf] * 3
 
@@ -80,10 +82,10 @@ def test_many_rows_go_at_once_as_they_would_one_by_one() -> None:
                 row = each.add(name(1000 * prompt + depth + 1), above, depth, TENANT, 0.0)
                 for tier in tiers:
                     each.put(row, tier, each.counts[tier])
-        rows = [row for row in index.rows_of(None).tolist() if random_.random() < 0.6]
+        rows = [row for row in rows_of(index, None).tolist() if random_.random() < 0.6]
         names = [index.table.name(row) for row in rows]
-        places, gone = index.drop_below(np.array(rows, np.int64), ["ddr", "ssd"])
-        index.remove_gone(gone)
+        places, gone = drop_below(index, np.array(rows, np.int64), ["ddr", "ssd"])
+        remove_gone(index, gone)
         lay: dict[LowerTier, list[int]] = {tier: [] for tier in places}
         for gone_name in names:
             for lower in places:
@@ -95,7 +97,7 @@ def test_many_rows_go_at_once_as_they_would_one_by_one() -> None:
         assert len(index.table) == len(model.table) and index.counts == model.counts
         assert index.unsaved.keys() == {index.find(model.table.name(row)) for row in model.unsaved}
         for number in range(30):  # rows can be given again
-            index.table.add(name(5000 + number))
+            index.table.enter(name(5000 + number))
         index.table.check_integrity()
 
 
@@ -107,7 +109,7 @@ def test_links_are_right_whatever_came_first() -> None:
             index.put(index.add(name(depth + 1), name(depth), depth, TENANT, 0.0), "ssd", depth)
             index.check_integrity()
         rows = [index.find(name(depth + 1)) for depth in range(8)]
-        assert index.leaves["ssd"].sample(9, np.random.default_rng()).tolist() == [rows[-1]]
+        assert index.leaves.of["ssd"].sample(9, np.random.default_rng()).tolist() == [rows[-1]]
         for depth in order:
             index.drop(rows[depth], "ssd")
             index.check_integrity()

@@ -8,9 +8,9 @@ import pytest
 
 from baton.ids import BlockHash
 from kvcache.eviction.policy import make_policy
-from kvcache.tiers.interface import Owner
-from tests.kvcache.tiers.fake_io import FakeRestore
-from tests.kvcache.tiers.store_world import DISK_ERROR, ROW_BYTES, TENANTS, World, chain
+from kvcache.tiers.interface import LowerTier, Owner
+from tests.kvcache.tiers.fake_io import FakeRestore, content_of
+from tests.kvcache.tiers.store_world import DISK_ERROR, ROOT, ROW_BYTES, TENANTS, World, chain
 
 PLENTY = 1000 * ROW_BYTES
 
@@ -49,6 +49,24 @@ def test_what_will_be_evicted_soon_is_copied_before() -> None:
     assert {name for _, name in world.pool.upcoming(4)} <= {
         name for number in range(14) for name in chain(number, 0) if world.store.locate([name])
     }
+
+
+def test_what_blocks_on_the_ssd_hang_on_goes_there_whatever_it_is_worth() -> None:
+    world = World(ddr_slots=1, ssd_slots=3)
+    world.settle()
+    shelves = world.store._shelves
+    names = [*chain(0, 0), *chain(1), *chain(2)]
+    parents = [ROOT, names[0], ROOT, ROOT]
+    tiers_: list[LowerTier] = ["ddr", "ssd", "ssd", "ssd"]
+    for name, parent, tier, used_at in zip(names, parents, tiers_, [0.0, 900.0, 900.0, 900.0], strict=True):
+        row = shelves.index.add(name, parent, int(parent != ROOT), TENANTS[0], used_at)
+        (slot,) = shelves.slots[tier].take(1)
+        shelves.put(row, tier, slot)
+        world.io.ddr[slot] = content_of(name)
+    assert world.store.tier_of(names[0]) == "ddr"
+    world.settle()
+    assert tiers(world, names).count("ssd") == 3 and world.store.tier_of(names[0]) == "ssd"
+    world.store.check_integrity()
 
 
 def test_bytes_in_flight_are_bounded() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from baton.errors import SettingsError
 from baton.ids import tenant_tag
+from kvcache.tiers.index.sweeps import rows_of
 from kvcache.tiers.interface import Owner
 from tests.kvcache.tiers.store_rig import OWNER, StoreRig
 from tests.kvcache.tiers.store_world import chain
@@ -156,8 +157,8 @@ def test_clear_takes_a_tenant_off_the_disk(tmp_path: Path) -> None:
     again = StoreRig(tmp_path)
     again.settle()
     index = again.store._index
-    assert not len(index.rows_of(b.tenant))
-    assert len(index.rows_of(a.tenant))
+    assert not len(rows_of(index, b.tenant))
+    assert len(rows_of(index, a.tenant))
     again.close()
 
 
