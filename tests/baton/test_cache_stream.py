@@ -24,7 +24,7 @@ from baton.cluster.redis_server import EmbeddedRedis
 from baton.ids import BlockHash, WorkerId
 
 FAST = Lease(retry_max_s=0.05)
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 A, B = WorkerId("a"), WorkerId("b")
 
 

@@ -57,7 +57,7 @@ def test_after_a_kill_it_comes_back_empty_under_the_same_url() -> None:
         with client_of(server) as client:
             client.set("key", "value")
         os.kill(server.pid, signal.SIGKILL)
-        psutil.Process(server.pid).wait(5)
+        psutil.Process(server.pid).wait(30)
         assert not server.is_running
         server.start()
         assert server.url == url
@@ -97,7 +97,7 @@ def test_it_dies_with_a_parent_that_was_killed() -> None:
         directory = Path(server.cwd())
         parent.kill()
         parent.wait()
-        psutil.wait_procs([server], timeout=5)
+        psutil.wait_procs([server], timeout=30)
         assert not server.is_running()
     (directory / "redis.log").unlink(missing_ok=True)
     directory.rmdir()

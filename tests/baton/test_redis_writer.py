@@ -26,7 +26,7 @@ class Script:
         return outcome
 
     async def reaches(self, writes: int) -> None:
-        async with asyncio.timeout(5), self.written:
+        async with asyncio.timeout(30), self.written:
             await self.written.wait_for(lambda: self.writes >= writes)
 
 

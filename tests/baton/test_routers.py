@@ -16,8 +16,8 @@ from baton.cluster.router_info import PlacedLoad, RouterInfo
 from baton.cluster.routers import LOAD_EXPIRY_S, RouterAnnouncement, RouterWatch
 from baton.ids import WorkerId
 
-FAST = Lease(heartbeat_s=0.02, expiry_s=0.4, poll_s=0.02, retry_max_s=0.05)
-PATIENCE_S = 10.0
+FAST = Lease(heartbeat_s=0.02, expiry_s=1.5, poll_s=0.02, retry_max_s=0.05)
+PATIENCE_S = 60.0
 
 
 class Described:

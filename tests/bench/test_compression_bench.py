@@ -144,6 +144,7 @@ def prompts(count: int = 5) -> list[Question]:
 
 
 @pytest.mark.parametrize("storage", ["none", "int8"])
+@pytest.mark.usefixtures("patient_restores")
 def test_every_prompt_is_computed_and_then_restored(loaded: LoadedModel, storage: StorageFormat) -> None:
     advances = list[int]()
     found = measure_effect(loaded, storage, prompts(), 4, ignore_eos=True, advance=lambda: advances.append(1))

@@ -178,7 +178,7 @@ def test_no_answer_in_time_is_a_failure_and_closes_the_connection() -> None:
         async with await asyncio.start_server(keep_silent, "127.0.0.1", 0) as server:
             endpoint = Endpoint("127.0.0.1", server.sockets[0].getsockname()[1], tls=False, prefix="")
             outcomes = await Client(endpoint, timeout_s=0.05).run(1, [endpoint.post("/", {})], lambda: None)
-            await asyncio.wait_for(closed.wait(), 5)
+            await asyncio.wait_for(closed.wait(), 30)
             return outcomes
 
     assert asyncio.run(main()) == [Failed("no answer within 0.05 s")]
@@ -224,7 +224,7 @@ def serving(answer: Answer) -> Iterator[ScriptedServer]:
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
     thread.start()
     try:
-        assert is_up.wait(10)
+        assert is_up.wait(60)
         yield server
     finally:
         loop.call_soon_threadsafe(stop.set)

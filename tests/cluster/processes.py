@@ -2,21 +2,25 @@
 
 import json
 import os
+import random
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 BATON = str(Path(sys.executable).with_name("baton"))
-START_TIMEOUT_S = 90
+START_TIMEOUT_S = 200
+PATIENCE_S = 60.0
+"""For what takes a second or so where the processors are not shared with others."""
 
 
 @dataclass
@@ -56,7 +60,7 @@ def running(command: str, **flags: Any) -> Iterator[Process]:
             yield Process(popen, ready.strip())
             if popen.poll() is None:
                 popen.send_signal(signal.SIGTERM)
-                assert popen.wait(30) == 0
+                assert popen.wait(PATIENCE_S) == 0
         finally:
             popen.kill()
 
@@ -75,9 +79,19 @@ def fetch(url: str, body: Any = None, timeout_s: float = 120) -> Any:
 
 def metric(port: int, pattern: str) -> float:
     """The sum of the samples whose name and labels match."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
         lines = response.read().decode().splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(pattern, line))
+
+
+def free_port() -> int:
+    """A port that nobody has, and that the system gives to nobody who asks for any before it is taken."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    for port in random.sample([*range(10_000, first), *range(last + 1, 65_536)], 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def until(holds: Any, within_s: float, what: str) -> None:

@@ -18,8 +18,10 @@ import psutil
 
 from engine.recall.text import Ledger, question
 
-START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 280.0
+"""A Ray and two workers: a quarter of a minute, or as many minutes as others leave of the processors."""
+STOP_TIMEOUT_S = 200.0
+LEFT_TIMEOUT_S = 60.0
 POLL_S = 0.05
 BATON = [sys.executable, "-m", "launcher"]
 
@@ -39,7 +41,7 @@ class RealUp:
         ]
         for reader in self._readers:
             reader.start()
-        self.url = ""
+        self.ready = self.url = ""
         self._footprint: tuple[list[psutil.Process], list[Path]] = ([], [])
 
     @property
@@ -55,13 +57,12 @@ class RealUp:
                 lines.append(line)
         return lines
 
-    def wait_ready(self) -> str:
-        """The ready line."""
+    def wait_ready(self) -> None:
+        """From then on `ready` is its ready line."""
         line = self._lines.get(timeout=START_TIMEOUT_S)
         assert line is not None, f"it ended instead:\n{self.stderr}"
-        self.url = line.split()[1]
+        self.ready, self.url = line, line.split()[1]
         self.look()
-        return line
 
     def descendants(self) -> list[psutil.Process]:
         try:
@@ -73,10 +74,10 @@ class RealUp:
         """Remembers its processes and temporary directories, for `left_behind`."""
         processes = self.descendants()
         directories = {Path(option.split("=")[1]) for one in processes for option in options_of(one)}
-        directories |= {Path(one.cwd()) for one in processes if one.name() == "redis-server"}
+        directories |= {Path(one.cwd()) for one in processes if is_named(one, "redis-server")}
         self._footprint = (processes, sorted(directories))
 
-    def left_behind(self, timeout_s: float = 10.0) -> list[str]:
+    def left_behind(self, timeout_s: float = LEFT_TIMEOUT_S) -> list[str]:
         """What `look` saw and is still there after that time."""
         processes, directories = self._footprint
         _, alive = psutil.wait_procs(processes, timeout_s)
@@ -109,7 +110,7 @@ class RealUp:
 
     def workers(self) -> dict[str, dict[str, Any]]:
         """As `GET /v1/workers` tells, by id."""
-        with urllib.request.urlopen(f"{self.url}/v1/workers", timeout=10) as reply:
+        with urllib.request.urlopen(f"{self.url}/v1/workers", timeout=60) as reply:
             return {worker["worker_id"]: worker for worker in json.load(reply)["data"]}
 
     def ask(self, ledger: Ledger, locker: str) -> tuple[str, dict[str, Any]]:
@@ -119,7 +120,7 @@ class RealUp:
         request = urllib.request.Request(
             f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             reply = json.load(response)
         return reply["choices"][0]["message"]["content"].strip().removesuffix("."), reply["timeline"]
 
@@ -141,17 +142,28 @@ def options_of(process: psutil.Process) -> list[str]:
         return []
 
 
+def is_named(process: psutil.Process, *names: str) -> bool:
+    """False of one that has ended meanwhile."""
+    try:
+        return process.name() in names
+    except psutil.NoSuchProcess:
+        return False
+
+
 def listener_on(address: str, processes: list[psutil.Process]) -> psutil.Process:
     """The process that listens on HOST:PORT."""
     port = int(address.rpartition(":")[2])
     for process in processes:
-        connections = process.net_connections("tcp")
+        try:
+            connections = process.net_connections("tcp")
+        except psutil.NoSuchProcess:
+            continue
         if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections):
             return process
     raise AssertionError(f"nobody listens on {address}")
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = 200.0) -> None:
     """Other processes give no event to wait for."""
     deadline_s = time.monotonic() + timeout_s
     while not holds():

@@ -6,7 +6,6 @@ would show as a wrong name.
 
 import concurrent.futures
 import json
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import pytest
 from baton.cluster.redis_server import EmbeddedRedis
 from engine.recall.model import build_recall_model
 from engine.recall.text import make_ledger, question
-from tests.cluster.processes import Process, fetch, metric, running, until
+from tests.cluster.processes import PATIENCE_S, Process, fetch, free_port, metric, running, until
 
 LEDGER = make_ledger(400, seed=7)
 
@@ -50,12 +49,6 @@ def ask(router: Process, locker: str) -> Any:
 
 def text(answer: Any) -> str:
     return str(answer["choices"][0]["message"]["content"]).strip()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def workers(router: Process) -> dict[str, Any]:
@@ -90,7 +83,7 @@ def test_a_prefill_worker_killed_while_it_streams(transport: str, flags: dict[st
     assert answer["timeline"]["prefill_worker"] == "", "the decode worker computed it itself"
     for locker in lockers[1:4]:
         assert text(ask(router, locker)) == f"{LEDGER.owners[locker]}."
-    until(lambda: workers(router)["decode"]["kv_blocks_used"] == 0, 5, "no block is leaked")
+    until(lambda: workers(router)["decode"]["kv_blocks_used"] == 0, PATIENCE_S, "no block is leaked")
     assert decode.popen.poll() is None
 
 
@@ -117,15 +110,15 @@ def test_a_decode_worker_killed_while_it_streams_is_no_more_than_a_pause(
     worker_flags = {**flags, "threads": 1, "self_test": False, "kv_blocks": 512}
     decode = stack.enter_context(running("decode-worker", **worker_flags))
     stack.enter_context(running("prefill-worker", **worker_flags, chunk_tokens=64))
-    router = stack.enter_context(running("router", **flags, http_port=0, failover_wait_s=90))
+    router = stack.enter_context(running("router", **flags, http_port=0, failover_wait_s=250))
     lockers = sorted(LEDGER.owners)[::40]
     undisturbed = "".join(stream(router, LEDGER.text))
     pieces = stream(router, LEDGER.text)
     begun = [next(pieces) for _ in range(20)]
     decode.kill()
-    until(lambda: not is_ready(router), 10, "the router knows")
+    until(lambda: not is_ready(router), PATIENCE_S, "the router knows")
     stack.enter_context(running("decode-worker", **worker_flags))
     assert "".join([*begun, *pieces]) == undisturbed
-    until(lambda: is_ready(router), 20, "the router found the new one")
+    until(lambda: is_ready(router), PATIENCE_S, "the router found the new one")
     assert text(ask(router, lockers[1])) == f"{LEDGER.owners[lockers[1]]}."
-    until(lambda: workers(router)["prefill"]["kv_blocks_used"] == 0, 5, "no block is leaked")
+    until(lambda: workers(router)["prefill"]["kv_blocks_used"] == 0, PATIENCE_S, "no block is leaked")

@@ -20,7 +20,7 @@ import pytest
 
 from baton.cluster.redis_server import EmbeddedRedis
 from engine.recall.text import make_ledger, prompt
-from tests.cluster.processes import Process, fetch, running, until
+from tests.cluster.processes import PATIENCE_S, Process, fetch, running, until
 
 LEDGER = make_ledger(40, seed=5)
 LOCKERS = sorted(LEDGER.owners)
@@ -49,7 +49,7 @@ def start_cluster(stack: ExitStack, flags: dict[str, Any], routers: int) -> list
         list(starters.map(stack.enter_context, workers))
         started = list(starters.map(stack.enter_context, [start("router", http_port=0) for _ in range(routers)]))
     for router in started:
-        until(lambda router=router: is_ready(router), 20, "the router found the workers")
+        until(lambda router=router: is_ready(router), PATIENCE_S, "the router found the workers")
     return started
 
 
@@ -116,7 +116,7 @@ def ask_all(
 
 
 def is_ready(router: Process) -> bool:
-    return httpx.get(f"{router.http}/health").status_code == 200
+    return httpx.get(f"{router.http}/health", timeout=PATIENCE_S).status_code == 200
 
 
 def workers(router: Process) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_a_decode_worker_killed_with_twenty_streams_on_it(flags: dict[str, Any],
     first = stack.enter_context(running("decode-worker", **flags, **WORKER, worker_id="decode-first"))
     routers = [stack.enter_context(running("router", **flags, http_port=0)) for _ in range(2)]
     for router in routers:
-        until(lambda router=router: is_ready(router), 20, "the router found the decode worker")
+        until(lambda router=router: is_ready(router), PATIENCE_S, "the router found the decode worker")
     urls = [router.http for router in routers]
     requests = [body(index, tokens=300) for index in range(STREAMS)]
     expected = ask_all(urls, requests)
@@ -155,7 +155,11 @@ def test_a_decode_worker_killed_with_twenty_streams_on_it(flags: dict[str, Any],
 
     told = ask_all(urls, requests, replace_worker)
     check_equal(told, expected)
-    until(lambda: all(w["kv_blocks_used"] == 0 for w in workers(routers[0]).values() if w["reachable"]), 5, "no leak")
+    until(
+        lambda: all(w["kv_blocks_used"] == 0 for w in workers(routers[0]).values() if w["reachable"]),
+        PATIENCE_S,
+        "no leak",
+    )
 
 
 def test_redis_killed_and_restarted_while_streams_run(key_prefix: str, stack: ExitStack) -> None:
@@ -175,7 +179,7 @@ def test_redis_killed_and_restarted_while_streams_run(key_prefix: str, stack: Ex
     check_equal(ask_all(urls, requests), expected)
     assert is_ready(router), "without Redis it serves from its last state"
     check_equal(ask_all(urls, requests, lambda _: redis.start()), expected)
-    until(lambda: index_is_fresh(router), 15, "the index has been reconciled")
+    until(lambda: index_is_fresh(router), PATIENCE_S, "the index has been reconciled")
     check_equal(ask_all(urls, requests), expected)
 
 
@@ -187,18 +191,18 @@ def test_a_router_killed_and_restarted_while_streams_run(flags: dict[str, Any], 
     def kill_first(told: list[Told]) -> None:
         until(lambda: all(one.token_ids for one in told), 60, "all are streaming")
         url = f"{first.http}/v1/completions"
-        with suppress(httpx.TransportError), httpx.stream("POST", url, json=body(9, tokens=2000), timeout=60) as lost:
+        with suppress(httpx.TransportError), httpx.stream("POST", url, json=body(9, tokens=2000), timeout=120) as lost:
             for _ in lost.iter_lines():
                 first.kill()
 
     check_equal(ask_all([second.http], requests, kill_first), expected)
     third = stack.enter_context(running("router", **flags, http_port=0))
-    until(lambda: is_ready(third), 20, "the new one is ready")
+    until(lambda: is_ready(third), PATIENCE_S, "the new one is ready")
     assert index_is_fresh(third), "it is warm when it says that it is ready"
     whole = body(0, tokens=5) | {"stream": False, "stream_options": None}
-    answer = httpx.post(f"{third.http}/v1/completions", json=whole, timeout=60)
+    answer = httpx.post(f"{third.http}/v1/completions", json=whole, timeout=120)
     assert answer.status_code == 200, answer.text
     (placement,) = fetch(f"{third.http}/v1/decisions/{answer.headers['x-baton-request-id']}")["placements"]
     assert placement["candidates"][0]["cached_tokens_hbm"] > 0, "it knew which worker holds the prompt"
     check_equal(ask_all([second.http, third.http], requests), expected)
-    until(lambda: all(w["kv_blocks_used"] == 0 for w in workers(third).values()), 5, "no block is leaked")
+    until(lambda: all(w["kv_blocks_used"] == 0 for w in workers(third).values()), PATIENCE_S, "no block is leaked")

@@ -2,13 +2,12 @@
 gRPC, and all the nonsense that arrives at a public port."""
 
 import json
-import os
 import socket
-import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import grpc
@@ -21,11 +20,15 @@ from baton.cluster.redis_server import EmbeddedRedis
 from baton.errors import InvalidRequest, ModelNotFound
 from baton.sampling import SamplingParams
 from engine.recall.text import make_ledger, prompt, question
-from tests.cluster.processes import Process, fetch, running, until
+from tests.cluster.processes import PATIENCE_S, Process, fetch, running, until
 
 LEDGER = make_ledger(300, seed=11)
 LOCKERS = sorted(LEDGER.owners)
 BLOCKS = 700
+ENDLESS_TOKENS = 10_000
+"""Of answers that nobody waits for: half a minute or so."""
+AT_ONCE_S = 5.0
+"""Far less than that, on however busy a machine."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,21 @@ def stack(redis_server: EmbeddedRedis) -> Iterator[Stack]:
         exits.enter_context(running("prefill-worker", **worker, chunk_tokens=128))
         exits.enter_context(running("decode-worker", **worker))
         router = exits.enter_context(running("router", **common, http_port=0))
-        until(lambda: _is_ready(router), 20, "the router has found the decode worker")
+        until(lambda: _is_ready(router), PATIENCE_S, "the router has found the decode worker")
         yield Stack(router)
 
 
 def _is_ready(router: Process) -> bool:
-    return httpx.get(f"{router.http}/health").status_code == 200
+    return httpx.get(f"{router.http}/health", timeout=PATIENCE_S).status_code == 200
 
 
 @pytest.fixture(autouse=True)
 def no_block_is_leaked(stack: Stack) -> Iterator[None]:
     """After every test free blocks equal total minus cached: none is held by a request."""
     yield
-    until(lambda: set(stack.used_blocks().values()) == {0}, 3, "all blocks are free or cached")
-    assert {worker["role"] for worker in stack.workers() if worker["reachable"]} == {"prefill", "decode"}
+    until(lambda: set(stack.used_blocks().values()) == {0}, PATIENCE_S, "all blocks are free or cached")
+    until(lambda: all(worker["reachable"] for worker in stack.workers()), PATIENCE_S, "both workers are well")
+    assert {worker["role"] for worker in stack.workers()} == {"prefill", "decode"}
 
 
 def chat(locker: str) -> list[Any]:
@@ -125,9 +129,14 @@ def test_openai_errors(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_openai_cancellation_frees_the_blocks_of_both_workers_within_a_second(phase: str, stack: Stack) -> None:
-    fresh = make_ledger(900, seed=time.time_ns())
-    body: dict[str, Any] = {"max_tokens": 5000, "extra_body": {"ignore_eos": True}, "temperature": 0, "stream": True}
+def test_openai_cancellation_frees_the_blocks_of_both_workers_at_once(phase: str, stack: Stack) -> None:
+    fresh = make_ledger(900, seed=4)  # which nobody has cached
+    body: dict[str, Any] = {
+        "max_tokens": ENDLESS_TOKENS,
+        "extra_body": {"ignore_eos": True},
+        "temperature": 0,
+        "stream": True,
+    }
     if phase == "decode":
         stream = stack.openai.completions.create(model="recall", prompt=LEDGER.text, **body)
         next(iter(stream))
@@ -136,9 +145,7 @@ def test_openai_cancellation_frees_the_blocks_of_both_workers_within_a_second(ph
     else:
         with pytest.raises(openai.APITimeoutError):
             stack.openai.with_options(timeout=0.4).completions.create(model="recall", prompt=fresh.text, **body)
-    began_s = time.monotonic()
-    until(lambda: set(stack.used_blocks().values()) == {0}, 1.0, "blocks are free")
-    assert time.monotonic() - began_s < 1.0
+    until(lambda: set(stack.used_blocks().values()) == {0}, AT_ONCE_S, "blocks are free")
 
 
 # ---- gRPC
@@ -156,10 +163,10 @@ def test_grpc_client(stack: Stack) -> None:
 
 def test_leaving_a_grpc_stream_cancels_it(stack: Stack) -> None:
     with Client(stack.router.grpc) as client:
-        endless = SamplingParams(temperature=0, max_tokens=5000, ignore_eos=True)
+        endless = SamplingParams(temperature=0, max_tokens=ENDLESS_TOKENS, ignore_eos=True)
         for _ in client.generate("recall", LEDGER.text, sampling=endless):
             break
-        until(lambda: set(stack.used_blocks().values()) == {0}, 1.0, "blocks are free")
+        until(lambda: set(stack.used_blocks().values()) == {0}, AT_ONCE_S, "blocks are free")
 
 
 def test_grpc_errors(stack: Stack) -> None:
@@ -174,7 +181,7 @@ def test_grpc_errors(stack: Stack) -> None:
             list(client.generate("recall", "locker " * 1_500_000))
 
 
-@pytest.mark.parametrize("message", [b"\xff\xff\xff\xff", b"\x12\x04\xc3\x28\xa0\xa1", os.urandom(5000)])
+@pytest.mark.parametrize("message", [b"\xff\xff\xff\xff", b"\x12\x04\xc3\x28\xa0\xa1", Random(1).randbytes(5000)])
 def test_grpc_messages_that_are_none(message: bytes, stack: Stack) -> None:
     with grpc.insecure_channel(stack.router.grpc) as channel:
         call = channel.unary_stream("/baton.v1.Inference/Generate")(message)
@@ -213,7 +220,7 @@ def test_bad_bodies_get_a_sentence(name: str, path: str, stack: Stack) -> None:
         f"{stack.router.http}/v1/{path}",
         content=BAD_BODIES[name],
         headers={"content-type": "application/json"},
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     assert 400 <= answer.status_code < 500
     error = answer.json()["error"]
@@ -223,11 +230,11 @@ def test_bad_bodies_get_a_sentence(name: str, path: str, stack: Stack) -> None:
 def test_bytes_that_are_no_http(stack: Stack) -> None:
     address = urllib.parse.urlsplit(stack.router.http)
     for nonsense in (
-        os.urandom(3000),
+        Random(2).randbytes(3000),
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\ncontent-length: -4\r\n\r\n",
     ):
-        with closing(socket.create_connection((address.hostname, address.port), timeout=5)) as connection:
+        with closing(socket.create_connection((address.hostname, address.port), timeout=PATIENCE_S)) as connection:
             connection.sendall(nonsense)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(4096):

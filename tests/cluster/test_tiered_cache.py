@@ -9,7 +9,6 @@ import queue
 import random
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -21,14 +20,14 @@ import pytest
 
 from baton.cluster.cache_events import unpack
 from baton.cluster.redis_client import connect_redis
-from baton.cluster.redis_server import EmbeddedRedis, free_port
+from baton.cluster.redis_server import EmbeddedRedis
 from baton.ids import BlockHash, WorkerId
 from baton.latency import TIERS, Tier
 from baton.rpc import common_pb2, events_pb2, worker_pb2, worker_pb2_grpc
 from engine.filled_blocks import RESERVED_DIVISOR
 from engine.recall.text import Ledger, build_tokenizer, make_ledger, prompt, question
 from kvcache.directory.directory import Directory
-from tests.cluster.processes import Process, fetch, metric, running, until
+from tests.cluster.processes import PATIENCE_S, Process, fetch, free_port, metric, running, until
 
 LINES = 60
 BLOCK_BYTES = 256 * 1024
@@ -73,7 +72,9 @@ def start(stack: ExitStack, processes: Sequence[AbstractContextManager[Process]]
 
 def blocks(worker: Process, tier: "events_pb2.Tier") -> int:
     with grpc.insecure_channel(worker.grpc) as channel:
-        status = worker_pb2_grpc.WorkerStub(channel).GetCacheStatus(worker_pb2.GetCacheStatusRequest(), timeout=10)
+        status = worker_pb2_grpc.WorkerStub(channel).GetCacheStatus(
+            worker_pb2.GetCacheStatusRequest(), timeout=PATIENCE_S
+        )
     return sum(each.blocks for each in status.tiers if each.tier == tier)
 
 
@@ -83,18 +84,15 @@ def test_a_worker_killed_and_started_again_on_its_file_serves_hits_from_it(
     chance = random.Random(3)
     router = stack.enter_context(running("router", **flags, http_port=0))
     worker = stack.enter_context(running("decode-worker", **worker_flags))
-    until(lambda: known(router), 20, "the router found the worker")
+    until(lambda: known(router), PATIENCE_S, "the router found the worker")
     for ledger in LEDGERS:
         ask(router, ledger, chance)
-    until(lambda: blocks(worker, events_pb2.TIER_SSD) > 64, 20, "blocks have gone down to the SSD")
+    until(lambda: blocks(worker, events_pb2.TIER_SSD) > 64, PATIENCE_S, "blocks have gone down to the SSD")
     on_ssd = blocks(worker, events_pb2.TIER_SSD)
     worker.kill()
-    began_s = time.monotonic()
     worker = stack.enter_context(running("decode-worker", **worker_flags))
-    until(lambda: blocks(worker, events_pb2.TIER_SSD) >= on_ssd * 0.9, 20, "the index is there again")
-    took_s = time.monotonic() - began_s
-    assert took_s < 30, "most of it is loading torch and the model"
-    until(lambda: known(router), 20, "the router found it")
+    until(lambda: blocks(worker, events_pb2.TIER_SSD) >= on_ssd * 0.9, 30, "the index is there again")
+    until(lambda: known(router), PATIENCE_S, "the router found it")
     cached = [ask(router, ledger, chance) for ledger in LEDGERS]
     assert sum(tokens > 0 for tokens in cached) >= len(LEDGERS) // 3, f"hits from the file: {cached}"
 
@@ -124,7 +122,7 @@ def test_a_worker_fetches_a_prefix_that_another_one_has_below_hbm(
         output = generate(own, f"own-{index}", tokens, plan)
         assert list(output.token_ids) == list(first[index].token_ids)
         fetched.append(output.timeline.fetched_tokens)
-        until(lambda: metric(metrics_port, "baton_kv_links") > 0, 20, "there is a link to the peer")
+        until(lambda: metric(metrics_port, "baton_kv_links") > 0, PATIENCE_S, "there is a link to the peer")
     assert fetched[0] == 0, "nobody waits for a link"
     assert max(fetched) >= POOL_BLOCKS // RESERVED_DIVISOR * 32, f"as much as is brought up at one time: {fetched}"
     assert blocks(peer, events_pb2.TIER_HBM) <= POOL_BLOCKS < sum(len(tokens) // 32 for tokens in prompts)
@@ -140,7 +138,9 @@ def generate(
     requests.put(worker_pb2.ServeRequest(submit=submit))
     with grpc.insecure_channel(worker.grpc) as channel:
         try:
-            for response in worker_pb2_grpc.DecodeWorkerStub(channel).Serve(iter(requests.get, None), timeout=60):
+            for response in worker_pb2_grpc.DecodeWorkerStub(channel).Serve(
+                iter(requests.get, None), timeout=2 * PATIENCE_S
+            ):
                 for output in response.outputs:
                     assert not output.error, output.error
                     return output
@@ -175,7 +175,7 @@ class Load:
 
     def go_on(self, answers: int) -> None:
         wanted = self.answers + answers
-        until(lambda: self.answers >= wanted, 30, f"{answers} more requests were answered")
+        until(lambda: self.answers >= wanted, 4 * PATIENCE_S, f"{answers} more requests were answered")
 
     def stop(self) -> None:
         self._is_over.set()
@@ -188,14 +188,14 @@ def inventory(worker: Process) -> Where:
         stub = worker_pb2_grpc.WorkerStub(channel)
         sets = [
             each
-            for message in stub.GetCacheSnapshot(worker_pb2.GetCacheSnapshotRequest(), timeout=10)
+            for message in stub.GetCacheSnapshot(worker_pb2.GetCacheSnapshotRequest(), timeout=PATIENCE_S)
             for each in message.blocks
         ]
     return {name: TIERS[each.tier - events_pb2.TIER_HBM] for each in sets for name in unpack(each.block_hashes)}
 
 
 def directory(flags: Mapping[str, Any], names: Sequence[BlockHash]) -> dict[WorkerId, Where]:
-    """What it says of these blocks."""
+    """What it says of these blocks; nothing of all where it does not answer in time."""
 
     async def look_up() -> list[list[Any]]:
         redis = await connect_redis(flags["redis_url"])
@@ -207,7 +207,7 @@ def directory(flags: Mapping[str, Any], names: Sequence[BlockHash]) -> dict[Work
             await redis.aclose()
 
     found: dict[WorkerId, dict[BlockHash, Tier]] = {}
-    for name, holders in zip(names, asyncio.run(look_up()), strict=True):
+    for name, holders in zip(names, asyncio.run(look_up()), strict=False):
         for holder in holders:
             found.setdefault(holder.worker_id, {})[name] = holder.tier
     return dict(found)
@@ -223,21 +223,19 @@ def test_redis_killed_under_load_and_back_empty_knows_every_block_again(
         processes = [running(command, **worker_flags, worker_id=name) for name, command in commands.items()]
         *started, router = start(stack, [*processes, running("router", **flags, model="recall", http_port=0)])
         workers = dict(zip(map(WorkerId, commands), started, strict=True))
-        until(lambda: len(known(router)) == len(workers), 20, "the router found the workers")
+        until(lambda: len(known(router)) == len(workers), PATIENCE_S, "the router found the workers")
         load = Load(router)
         load.go_on(24)
         ever = {name for worker in workers.values() for name in inventory(worker)}
         os.kill(redis.pid, signal.SIGKILL)
-        until(lambda: not redis.is_running, 5, "Redis is gone")
+        until(lambda: not redis.is_running, PATIENCE_S, "Redis is gone")
         load.go_on(12)
         redis.start()
         load.go_on(12)
-        until(lambda: ever.difference(*map(inventory, started)), 60, "some blocks are nowhere any more")
+        until(lambda: ever.difference(*map(inventory, started)), 4 * PATIENCE_S, "some blocks are nowhere any more")
         load.stop()
         assert not load.failures
-        began_s = time.monotonic()
         until(lambda: agree(flags, workers, ever), 10, "the directory is the workers' inventory")
-        assert time.monotonic() - began_s < 10
         held = [inventory(worker) for worker in workers.values()]
         assert {tier for where in held for tier in where.values()} == {"hbm", "ddr", "ssd"}
         stack.close()
@@ -253,5 +251,6 @@ def agree(flags: Mapping[str, Any], workers: Mapping[WorkerId, Process], ever: s
     held = {worker_id: inventory(worker) for worker_id, worker in workers.items()}
     for worker_id, where in held.items():
         in_hbm = sum(tier == "hbm" for tier in where.values())
-        assert in_hbm <= blocks(workers[worker_id], events_pb2.TIER_HBM)
+        if in_hbm > blocks(workers[worker_id], events_pb2.TIER_HBM):
+            return False
     return directory(flags, sorted(ever.union(*held.values()))) == held

@@ -10,10 +10,13 @@ import psutil
 import pytest
 
 from engine.recall.text import make_ledger
-from tests.cluster.real_up import BATON, RealUp, listener_on, wait_until
+from tests.cluster.real_up import BATON, START_TIMEOUT_S, RealUp, is_named, listener_on, wait_until
 
-RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""When Ray was killed these try for a minute to tell somebody, before they go."""
+RAY_AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
+"""Their programs. When Ray was killed these try for a minute to tell somebody, before they go."""
+RAY_AGENT_NAMES = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""As they call themselves, once they have come so far."""
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +24,14 @@ def up() -> Iterator[RealUp]:
     """One for all tests up to the one that ends it."""
     real = RealUp("--no-self-test")  # all think themselves equally fast, so prompts are computed apart
     try:
+        real.wait_ready()
         yield real
     finally:
         real.close()
 
 
 def test_it_says_that_it_is_ready_in_one_line(up: RealUp) -> None:
-    line = up.wait_ready().split()
+    line = up.ready.split()
     assert line[0] == "ready" and line[1].startswith("http://127.0.0.1:")
     assert line[2] == "grpc" and line[3].startswith("127.0.0.1:")
     assert up.output_lines == []
@@ -70,12 +74,12 @@ def test_a_killed_worker_comes_back_and_the_next_request_is_right(up: RealUp, wo
 
 
 def test_when_redis_is_killed_serving_goes_on(up: RealUp) -> None:
-    (redis,) = (one for one in up.descendants() if one.name() == "redis-server")
+    (redis,) = (one for one in up.descendants() if is_named(one, "redis-server"))
     redis.kill()
     ledger = make_ledger(20, seed=3)
     locker = list(ledger.owners)[10]
     assert up.ask(ledger, locker)[0] == ledger.owner(locker)
-    wait_until(lambda: any(one.name() == "redis-server" and one != redis for one in up.descendants()))
+    wait_until(lambda: any(is_named(one, "redis-server") and one != redis for one in up.descendants()))
     assert set(up.workers()) == {"decode-0", "prefill-0"}
     assert up.ask(ledger, locker)[0] == ledger.owner(locker)
     up.look()
@@ -92,7 +96,7 @@ def test_sigterm_ends_it_and_leaves_nothing_behind(up: RealUp) -> None:
 def test_sigint_while_it_starts_leaves_nothing_behind() -> None:
     real = RealUp()
     try:
-        wait_until(lambda: any(one.name() == "raylet" for one in real.descendants()))
+        wait_until(lambda: any(is_named(one, "raylet") for one in real.descendants()))
         real.look()
         real.send(signal.SIGINT)
         assert real.wait_end() == 0
@@ -102,13 +106,22 @@ def test_sigint_while_it_starts_leaves_nothing_behind() -> None:
         real.close()
 
 
+def is_ray_agent(process: psutil.Process) -> bool:
+    if is_named(process, *RAY_AGENT_NAMES):
+        return True
+    try:
+        return any(argument.endswith(RAY_AGENTS) for argument in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_its_children_go_when_it_is_killed() -> None:
     real = RealUp()
     try:
         real.wait_ready()
-        children = [one for one in real.descendants() if one.name() not in RAY_AGENTS]
+        children = [one for one in real.descendants() if not is_ray_agent(one)]
         real.send(signal.SIGKILL)
-        _, alive = psutil.wait_procs(children, timeout=15)
+        _, alive = psutil.wait_procs(children, timeout=45)
         assert alive == []
     finally:
         real.close()
@@ -129,7 +142,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_the_workers_own_sentence(tmp
 
 
 def test_the_demo_is_right() -> None:
-    demo = subprocess.run([*BATON, "demo", "--json"], capture_output=True, text=True, timeout=120)
+    demo = subprocess.run([*BATON, "demo", "--json"], capture_output=True, text=True, timeout=START_TIMEOUT_S)
     assert demo.returncode == 0, demo.stderr
     told = json.loads(demo.stdout)
     assert told["is_success"] and len(told["answers"]) == 5

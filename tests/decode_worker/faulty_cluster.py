@@ -17,7 +17,7 @@ from tests.decode_worker.pair import BASE, RouterStream
 from tests.kvtransfer.faulty import TRANSPORT, Faults
 
 SETTINGS = {**BASE, "transports": (TRANSPORT,), "kv_blocks": 160, "chunk_tokens": 24, "sequences_max": 16}
-IDLE_S_MAX = 10.0
+IDLE_S_MAX = 60.0
 LOST = "the decode worker was lost"
 Worker = PrefillWorker | DecodeWorker
 

@@ -21,6 +21,8 @@ from kvtransfer.inproc import InprocHub
 from prefill_worker.worker import PrefillWorker
 
 TIMEOUT_S = 60
+AT_ONCE_S = 5.0
+"""Longer than it takes on a busy machine, and shorter than any of the workers' own timeouts."""
 BASE: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
@@ -126,7 +128,7 @@ class Pair:
     async def ask(self, prompt: Sequence[int], sampling: SamplingParams, **fields: Any) -> Answer:
         return await self.stream.ask(prompt, sampling, [self.prefill.address], **fields)
 
-    async def until_idle(self, within_s: float = 3.0) -> None:
+    async def until_idle(self, within_s: float = TIMEOUT_S) -> None:
         """Until neither worker's pool has a block in use; each free block is accounted for."""
         deadline_s = asyncio.get_running_loop().time() + within_s
         for worker in (self.prefill, self.decode):
@@ -140,7 +142,7 @@ class Pair:
             await worker._host.engine.call(lambda engine: engine.check_integrity())
 
 
-async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = TIMEOUT_S) -> None:
     deadline_s = asyncio.get_running_loop().time() + within_s
     while not condition():
         assert asyncio.get_running_loop().time() < deadline_s

@@ -10,7 +10,7 @@ import pytest
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.rpc import common_pb2
 from baton.sampling import SamplingParams
-from tests.decode_worker.pair import Pair, RouterStream, running_pair
+from tests.decode_worker.pair import AT_ONCE_S, TIMEOUT_S, Pair, RouterStream, running_pair
 from tests.engine.tiny_models import FAMILIES, make_model, random_prompt, reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -232,7 +232,7 @@ def test_cancelling_at_any_moment_frees_the_blocks_of_both_workers(transport: st
             request_id = await pair.stream.submit(prompt, GREEDY.with_changes(max_tokens=100), [pair.prefill.address])
             await asyncio.sleep(delay_ms / 1000)
             await pair.stream.cancel(request_id)
-            await pair.until_idle(within_s=1.0)
+            await pair.until_idle(AT_ONCE_S)
 
     with_pair(test, chunk_tokens=16, transports=(transport,))
 
@@ -247,7 +247,7 @@ def test_a_router_that_goes_away_cancels_what_it_asked(with_pair: Run) -> None:
         stays = await pair.stream.submit(random_prompt(100, seed=50), GREEDY, [pair.prefill.address])
         await router.close()
         assert len((await pair.stream.answer(stays)).token_ids) == 24
-        await pair.until_idle(within_s=1.0)
+        await pair.until_idle(AT_ONCE_S)
 
     with_pair(test)
 
@@ -260,10 +260,10 @@ def test_bad_requests_are_refused_with_a_sentence(with_pair: Run) -> None:
             assert answer.error.endswith(".")
         request_id = await pair.stream.submit(random_prompt(100), GREEDY, request_id="twice")
         await pair.stream.submit(random_prompt(100), GREEDY, request_id="twice")
-        outputs = [await pair.stream.next_output(request_id) for _ in range(2)]
+        outputs = [await pair.stream.next_output(request_id)]
+        while outputs[-1].finish_reason != LENGTH:
+            outputs.append(await pair.stream.next_output(request_id))
         assert any("in use" in output.error for output in outputs)
-        while (await pair.stream.next_output(request_id)).finish_reason != LENGTH:
-            pass
 
     with_pair(test)
 
@@ -295,7 +295,7 @@ def test_stopping_in_the_middle_of_everything_ends(
             ids = [await pair.stream.submit(prompt, GREEDY, [pair.prefill.address]) for prompt in prompts]
             await pair.stream.next_output(ids[0])
             stop = {"prefill": pair.prefill.stop, "decode": pair.decode.stop, "router": pair.stream.close}[first]
-            await asyncio.wait_for(stop(), 20)
+            await asyncio.wait_for(stop(), TIMEOUT_S)
             raise Left
 
     with pytest.raises(Left):
@@ -329,7 +329,7 @@ def test_a_call_that_ends_while_the_prefill_worker_lets_go_leaks_nothing(cancels
         else:
             assert (await pair.stream.answer(request_id)).timeline.prefill_worker
         await pair.until_idle()
-        await asyncio.wait_for(pair.prefill.drain(), 2)
+        await asyncio.wait_for(pair.prefill.drain(), TIMEOUT_S)
 
     with_pair(test, chunk_tokens=16)
 

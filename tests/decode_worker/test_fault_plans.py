@@ -22,8 +22,8 @@ GROUPS = 20
 KINDS_MIN = 7
 """Kinds of fault that come to pass in each group: nearly always all ten."""
 AT_ONCE = 16
-REQUEST_S_MAX = 30.0
-GROUP_S_MAX = 100.0
+REQUEST_S_MAX = 100.0
+GROUP_S_MAX = 250.0
 PROMPTS = [random_prompt(length, seed=length) for length in (20, 31, 40, 52, 64, 75)]
 TOKENS_MAX = 4
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS_MAX, ignore_eos=True)

@@ -29,7 +29,8 @@ PROMPT = random_prompt(160, seed=160)
 REUSABLE = 152
 """Tokens: all whole blocks that leave one to compute."""
 RETENTION = common_pb2.CacheRetention(ttl_s=60.0, pin=True, tenant="blue", quota_bytes=4096)
-SOON_S = 0.5
+SOON_S = 5.0
+"""Half of what is waited for as long as half of what the workers believe that computing takes."""
 
 Run = Callable[..., None]
 Worker = PrefillWorker | DecodeWorker
@@ -236,7 +237,7 @@ def test_a_link_is_not_waited_for_but_made_for_the_next_request(llama: Path, wit
             await pair.stream.ask(random_prompt(90, seed=90), ONE)  # what comes first takes longer
             answer = await pair.stream.ask(PROMPT, GREEDY, fetch=plan(nobody))
             assert answer.token_ids == reference(llama, PROMPT, 12)
-            assert answer.timeline.fetched_tokens == 0 and answer.timeline.fetch_s < 0.01
+            assert answer.timeline.fetched_tokens == 0 and answer.timeline.fetch_s < 1.0, "nor half of the plan's time"
             assert sample(pair.decode, "baton_kv_fetches_total", outcome="no_link") == 1
 
     with_pair(test)
@@ -301,7 +302,7 @@ def test_a_request_that_expires_while_it_fetches_is_told_so(with_pair: Run) -> N
 
 
 async def until_fetching(worker: Worker) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not worker._host.prefetcher._running:  # noqa: ASYNC110 - the worker tells nobody
             await asyncio.sleep(0.005)
 

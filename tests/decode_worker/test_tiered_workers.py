@@ -30,6 +30,7 @@ PROMPT = random_prompt(160, seed=160)
 REUSABLE = 152
 DDR_BYTES = 64 * 2**20
 SSD_BYTES = 64 * 2**20
+pytestmark = pytest.mark.usefixtures("patient_restores")
 Run = Callable[..., None]
 Worker = PrefillWorker | DecodeWorker
 
@@ -181,8 +182,9 @@ def test_a_peers_blocks_are_brought_up_from_its_memory_to_be_fetched(llama: Path
 
 
 def test_a_worker_begun_again_on_the_same_file_has_what_it_had(
-    llama: Path, redis_server: EmbeddedRedis, key_prefix: str, tmp_path: Path
+    llama: Path, redis_server: EmbeddedRedis, key_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(MeasuredSpeed, "compute_s", lambda self, new, cached: 20.0)  # noqa: ARG005
     options: dict[str, Any] = {"ddr_bytes": 2**19, "ssd_dir": tmp_path, "ssd_bytes": SSD_BYTES, "kv_blocks": 100}
     prefill = {"ddr_bytes": 0, "ssd_dir": None, "ssd_bytes": 0}
 

@@ -17,7 +17,7 @@ from kvtransfer.interface import Connection
 from kvtransfer.link.proof import UnknownLink
 from kvtransfer.registry import Ports
 from prefill_worker import job as job_module
-from tests.decode_worker.pair import Answer, Pair, running_pair, until
+from tests.decode_worker.pair import AT_ONCE_S, TIMEOUT_S, Answer, Pair, running_pair, until
 from tests.engine.tiny_models import make_model, random_prompt, reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -172,7 +172,7 @@ def test_blocks_are_verified_while_later_chunks_are_computed(with_pair: Run, tok
                 nonlocal steps
                 steps += 1
                 if steps == 3:  # the first told that it was admitted, the second computed a chunk
-                    future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(verified.wait(), 10), loop)
+                    future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(verified.wait(), TIMEOUT_S), loop)
                     future.result()
                 return step()
 
@@ -295,7 +295,7 @@ def test_a_request_cancelled_on_a_stalled_link_lets_go_at_once(with_pair: Run) -
         request_id = await pair.stream.submit(PROMPT, GREEDY, [pair.prefill.address])
         await until(lambda: bool(made) and made[0].writes == 5)
         await pair.stream.cancel(request_id)
-        await pair.until_idle(within_s=1.0)
+        await pair.until_idle(AT_ONCE_S)
 
     with_pair(test)
 
@@ -352,7 +352,7 @@ def test_a_cancelled_request_leaves_its_unsettled_blocks_behind(
         await until(lambda: bool(made) and made[0].writes == 5)
         await pair.stream.cancel(request_id)
         await until(lambda: of_decode(pair, "baton_kv_blocks_quarantined") == 19)
-        await asyncio.wait_for(pair.decode._idle.wait(), 1)
+        await asyncio.wait_for(pair.decode._idle.wait(), AT_ONCE_S)
         assert pair.decode.info.load.kv_blocks_used == 19
         settled.set()
         await pair.until_idle()

@@ -83,7 +83,7 @@ def test_who_is_cancelled_while_it_asks_holds_nothing() -> None:
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         assert asking.cancelled()
-        async with asyncio.timeout(10):  # the hold comes, and what lets go of it behind it
+        async with asyncio.timeout(30):  # the hold comes, and what lets go of it behind it
             while (await thread.call(lambda engine: engine.stats())).kv_blocks_used:
                 pass
         await thread.call(lambda engine: engine.check_integrity())

@@ -29,7 +29,8 @@ from kvcache.block_hash import block_hashes
 
 BLOCK_TOKENS = 8
 POOL_BLOCKS = 40
-WAIT_S = 30.0
+WAIT_S = 60.0
+pytestmark = pytest.mark.usefixtures("patient_restores")
 
 
 @pytest.fixture(scope="module")

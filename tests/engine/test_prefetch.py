@@ -36,7 +36,7 @@ MINE = Retention("t", ttl_s=5.0)
 PLAN = common_pb2.FetchPlan(
     worker_id=PEER, address="peer:1", blocks=4, block_tokens=BLOCK_TOKENS, fetch_s=0.001, compute_s=10.0
 )
-SOON_S = 0.5
+SOON_S = 5.0
 
 
 class FakeEngine:
@@ -169,7 +169,7 @@ class Rig:
 
 def run(test: Callable[[Rig], Awaitable[None]], **options: Any) -> None:
     async def main() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             rig = Rig(**options)
             await test(rig)
             rig.fetcher.may_end.set()
@@ -398,7 +398,7 @@ def test_a_fetch_is_taken_back_in_time_and_what_came_by_then_counts(
         rig.fetcher.may_end.clear()
         prefetched = await rig.prefetch(compute_s=compute_s)
         assert prefetched.tokens == 8
-        assert 0.09 < prefetched.seconds < 0.5
+        assert 0.09 < prefetched.seconds < SOON_S
         assert rig.fetcher.asked[0][-1] == pytest.approx(0.45)
         assert rig.outcomes() == {"late": 1}
         assert rig.engine.adopted == [(RESERVED, (11,), MINE)]
@@ -460,7 +460,7 @@ def test_blocks_that_are_not_settled_stay_reserved_until_they_are() -> None:
         assert not rig.engine.adopted and not rig.transferred
         assert rig.outcomes() == {"unsettled": 1}
         settled.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not rig.engine.adopted:  # noqa: ASYNC110 - a few turns of the loop
                 await asyncio.sleep(0)
         assert rig.engine.adopted == [(RESERVED, (), MINE)]
@@ -511,7 +511,7 @@ def test_a_task_that_is_cancelled_leaves_no_blocks_behind(when: str) -> None:
         await asyncio.gather(waiting, return_exceptions=True)
         assert waiting.cancelled()
         rig.engine.may_answer.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not rig.engine.adopted:  # noqa: ASYNC110 - a few turns of the loop
                 await asyncio.sleep(0)
         assert [reserved for reserved, _, _ in rig.engine.adopted] == [RESERVED]

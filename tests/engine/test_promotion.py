@@ -86,7 +86,7 @@ class Rig:
 
 def run(test: Callable[[Rig], Awaitable[None]], *in_hbm: int) -> None:
     async def main() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             rig = Rig(*in_hbm)
             await test(rig)
             assert rig.engine.held == 0 and not rig.cache._promoting

@@ -275,7 +275,7 @@ def hear(toy: ToyEngine, prompt: Sequence[int], until: Callable[[StepResult], bo
         try:
             await owner.started()
             await owner.call(lambda _: toy.add("a", prompt, max_tokens=1))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await is_over.wait()
         finally:
             await owner.stop()

@@ -16,7 +16,7 @@ from engine.interface import EngineRequest, Prefill, StepResult
 from engine.thread import EngineThread
 
 A = RequestId("a")
-WAIT_S = 10
+WAIT_S = 60
 ToyThread = EngineThread[LocalEngine[ToyLogits]]
 
 

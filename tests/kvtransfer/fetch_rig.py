@@ -143,7 +143,7 @@ class Rig:
         return [self.came(i, i) for i in range(HAS)] == [i < blocks for i in range(HAS)]
 
     async def until_let_go(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.cache.held or len(self.servicer):  # noqa: ASYNC110 - gRPC tells nobody
                 await asyncio.sleep(0.005)
 

@@ -83,7 +83,7 @@ class Rig:
 
     async def until(self, holds: Any) -> None:
         """Until what streams tell has arrived."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not holds():  # noqa: ASYNC110 - gRPC tells nobody
                 await asyncio.sleep(0.005)
 

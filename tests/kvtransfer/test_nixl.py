@@ -505,7 +505,7 @@ def test_closing_does_not_wait_for_a_receiver_that_is_stopped() -> None:
         signalled(process, signal.SIGSTOP)
         writing = asyncio.ensure_future(write_for_ever(connection))
         await asyncio.sleep(0.05)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(BOUND_S):
             await connection.close()
         with pytest.raises(TransferError):
             await writing

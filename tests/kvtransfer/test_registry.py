@@ -221,7 +221,7 @@ def test_a_taken_port_is_told_and_leaves_nothing_open() -> None:
             before = open_fds()
             with pytest.raises(TransferError, match=r"cannot come in at 127\.0\.0\.1:\d+: .*in use"):
                 await other.start("tcp")
-            assert open_fds() == before
+            assert open_fds() <= before
             await other.close()
 
     asyncio.run(scenario())

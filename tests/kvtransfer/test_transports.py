@@ -359,6 +359,6 @@ def test_nothing_is_left_open(transport: str) -> None:
     run(transport, scenario)  # what is loaded or opened once, such as an event loop's modules
     before = open_fds()
     run(transport, scenario)
-    assert open_fds() == before
+    assert open_fds() <= before
     assert transfer_threads() == []
     assert not is_mapped()

@@ -73,7 +73,7 @@ def test_the_loop_goes_on_meanwhile_and_only_so_many_digest_at_a_time() -> None:
                 self.most = max(self.most, self.running)
                 if self.running == VERIFICATIONS_MAX:
                     self.full.set()
-            assert self.go_on.wait(10)
+            assert self.go_on.wait(60)
             with self.lock:
                 self.running -= 1
             return [0] * len(blocks)
@@ -82,7 +82,7 @@ def test_the_loop_goes_on_meanwhile_and_only_so_many_digest_at_a_time() -> None:
         region = SlowRegion()
         slow = verifier(region, "always")
         several = [asyncio.create_task(slow.mismatches(BLOCKS, [0] * len(BLOCKS))) for _ in range(5)]
-        await asyncio.to_thread(region.full.wait, 10)
+        await asyncio.to_thread(region.full.wait, 60)
         region.go_on.set()
         assert await asyncio.gather(*several) == [[]] * 5
         return region.most

@@ -101,7 +101,7 @@ class Rig:
 
 def run(test: Callable[[Rig], Awaitable[None]], rig: Callable[[], Rig] = Rig) -> None:
     async def main() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             made = rig()
             try:
                 await test(made)

@@ -133,7 +133,7 @@ class FakeDecodeWorker(worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.Wor
             lambda worker: all(s.request_id in worker.said_all.union(worker.cancels) for s in worker.submits)
         )
 
-    async def until(self, holds: Callable[["FakeDecodeWorker"], bool], timeout_s: float = 5) -> None:
+    async def until(self, holds: Callable[["FakeDecodeWorker"], bool], timeout_s: float = 30) -> None:
         async with asyncio.timeout(timeout_s), self._news:
             await self._news.wait_for(lambda: holds(self))
 

@@ -26,7 +26,7 @@ from router.text.tokenizer import Tokenizer
 from router.worker_pool import WorkerPool
 
 REQUEST = RequestId("r")
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 class Rig:

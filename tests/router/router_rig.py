@@ -21,7 +21,7 @@ class Rig:
     def __init__(self, router: Router, membership: ListedMembership, registry: CollectorRegistry) -> None:
         self.router, self.membership, self.registry = router, membership, registry
         self.url = f"http://{router.http_address}"
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=10)
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=60)
 
     async def complete(self, **fields: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", json={"model": "m", "prompt": "hello"} | fields)
@@ -55,7 +55,7 @@ async def running(
         stack.push_async_callback(router.stop)
         await router.start()
         if wait:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await router.ready()
         rig = Rig(router, membership, registry)
         stack.push_async_callback(rig.http.aclose)

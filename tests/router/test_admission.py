@@ -99,7 +99,7 @@ async def settle() -> None:
 
 async def failure(task: Awaitable[None]) -> BaseException:
     with pytest.raises(BatonError) as caught:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await task
     return caught.value
 
@@ -149,7 +149,7 @@ def test_room_is_found_without_a_poke() -> None:
         await settle()
         assert not task.done()
         rig.workers.free = 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await task
 
     run(test)

@@ -24,7 +24,7 @@ from baton.settings import RouterSettings
 from router.app import Router
 from router.peers import Peers
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @asynccontextmanager

@@ -38,7 +38,7 @@ def tenants_file(directory: Path) -> Path:
 
 
 async def know_each_other(*rigs: Rig) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         for rig in rigs:
             while len((await rig.http.get("/health")).json()["routers"]) < len(rigs) - 1:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

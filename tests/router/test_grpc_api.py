@@ -131,7 +131,7 @@ def test_without_a_worker_it_is_unavailable_and_health_says_so(model_directory: 
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert not (await stub.ListModels(inference_pb2.ListModelsRequest())).models[0].ready
             rig.membership.change([worker.info])
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVING
             (model,) = (await stub.ListModels(inference_pb2.ListModelsRequest())).models
             assert (model.name, model.context_length, model.ready) == ("m", 1000, True)

@@ -28,7 +28,7 @@ from router.index.metrics import IndexCollector
 from router.index.prefix_index import EXPECT_S, Doubt, PrefixIndex
 from router.index.snapshots import GrpcSnapshots
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 FAST = FeedPace(
     linger_s=0.001,
     look_s=0.02,

@@ -70,7 +70,7 @@ def test_models_are_listed_with_their_aliases_and_contexts(model_directory: Path
             assert (large["id"], large["aliases"], large["max_model_len"]) == ("large", [], 100)
             assert (await rig.http.get("/v1/models/default")).json() == small
             rig.membership.change([workers[0].info])
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while (await rig.http.get("/v1/models/large")).json()["max_model_len"]:  # noqa: ASYNC110
                     await asyncio.sleep(0)
             async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key="none", max_retries=0) as client:

@@ -284,7 +284,7 @@ def test_who_waits_for_its_turn_leaves_with_its_client_or_at_the_drain(
     turns = Turns(monkeypatch)
 
     async def asked(count: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(turns.asked) < count:  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
@@ -295,7 +295,7 @@ def test_who_waits_for_its_turn_leaves_with_its_client_or_at_the_drain(
             leaving, staying = asyncio.create_task(ask(rig, None)), asyncio.create_task(ask(rig, None, stream=True))
             await asked(2)
             leaving.cancel()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while rig.router._admission.waiting != 1:  # noqa: ASYNC110
                     await asyncio.sleep(0)
             await rig.router.drain()

@@ -56,7 +56,7 @@ class Rig:
         answer = self.answer(request)
         return answer if isinstance(answer, httpx.Response) else await answer
 
-    async def forward(self, timeout_s: float = 5, **fields: Any) -> Reply:
+    async def forward(self, timeout_s: float = 60, **fields: Any) -> Reply:
         body = json.dumps({"model": "ours", "prompt": "hello", **fields}).encode()
         return await self.upstream.forward("/completions", body, REQUEST, timeout_s)
 

@@ -72,7 +72,7 @@ def models(url: str, use: str = "overflow", **upstream: Any) -> list[dict[str, A
 
 async def connected(here: Rig) -> None:
     """The router is ready without workers already."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not all(served.is_ready for served in here.router._catalog):
             await here.router._cluster.pool.changed()
 
@@ -301,7 +301,7 @@ def test_a_client_that_leaves_ends_the_upstreams_request(model_directory: Path, 
 
         async with elsewhere(never) as there, running(model_directory, wait=False, models=models(there.url)) as here:
             waiting = asyncio.create_task(here.complete(stream=stream))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await asked.wait()
                 waiting.cancel()
                 await left.wait()

@@ -23,13 +23,23 @@ from baton.cluster.redis_client import redis_client
 from baton.cluster.redis_server import EmbeddedRedis
 from baton.ids import BlockHash, WorkerId
 from baton.latency import TIERS, Tier
+from kvcache.directory import directory as directory_module
 from kvcache.directory.calls import Holder
 from kvcache.directory.directory import ASKED_NAMES_MAX, Directory
 from tests.kvcache.directory.directory_redis import block, blocks
 
 FAST = Lease(heartbeat_s=0.1, retry_max_s=0.1)
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
+
+
+@pytest.fixture
+def answers_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look-up and pin must be answered, on however busy a machine."""
+    monkeypatch.setattr(directory_module, "ANSWER_TIMEOUT_S", PATIENCE_S)
+
+
+PATIENTLY = pytest.mark.usefixtures("answers_that_take_their_time")
 
 
 class CachingProcess:
@@ -101,6 +111,7 @@ def kill(server: EmbeddedRedis) -> None:
     psutil.Process(server.pid).wait(PATIENCE_S)
 
 
+@PATIENTLY
 def test_workers_see_what_the_others_hold(redis_server: EmbeddedRedis, key_prefix: str) -> None:
     async def main() -> None:
         async with cluster(redis_server, key_prefix, A, B, C) as (a, b, c):
@@ -122,6 +133,7 @@ def test_workers_see_what_the_others_hold(redis_server: EmbeddedRedis, key_prefi
     asyncio.run(main())
 
 
+@PATIENTLY
 def test_a_look_up_may_ask_for_many(redis_server: EmbeddedRedis, key_prefix: str) -> None:
     async def main() -> None:
         async with cluster(redis_server, key_prefix, A, B) as (a, b):
@@ -138,6 +150,7 @@ def test_a_look_up_may_ask_for_many(redis_server: EmbeddedRedis, key_prefix: str
     asyncio.run(main())
 
 
+@PATIENTLY
 def test_a_holder_learns_of_a_pin_with_its_heartbeat(redis_server: EmbeddedRedis, key_prefix: str) -> None:
     async def main() -> None:
         async with cluster(redis_server, key_prefix, A, B) as (a, b):
@@ -149,7 +162,7 @@ def test_a_holder_learns_of_a_pin_with_its_heartbeat(redis_server: EmbeddedRedis
             assert await b.directory.pin([one], C, 30.0) == [None]
             await until(lambda: a.pins)
             ((names, until_s),) = a.pins
-            assert names == [one] and now_s + 29 < until_s < now_s + 40
+            assert names == [one] and now_s + 29 < until_s < now_s + 30 + PATIENCE_S
 
     asyncio.run(main())
 
@@ -201,6 +214,7 @@ def test_events_and_directory_take_one_round_trip(
     asyncio.run(main())
 
 
+@PATIENTLY
 def test_a_redis_that_forgets_its_scripts_is_told_them_again(redis_server: EmbeddedRedis, key_prefix: str) -> None:
     async def main() -> None:
         async with cluster(redis_server, key_prefix, A, B) as (a, b):
@@ -340,7 +354,7 @@ def test_a_worker_killed_anywhere_in_an_update_is_gone_with_its_lease(
             found = await survivor.directory.holders(names)
             seen |= {holder.worker_id for of_name in found for holder in of_name}
             await asyncio.sleep(0.002)
-        async with asyncio.timeout(0.5 + 2.0):  # a lease, and some look-ups on a busy machine
+        async with asyncio.timeout(0.5 + 4.0):  # its own lease, not the usual one, and some look-ups
             await named(survivor.directory, names, [set()] * len(names))
         assert dying.returncode == 0 and len(seen) > KILLS / 4
         await survivor.close()
