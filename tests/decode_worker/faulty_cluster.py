@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import grpc.aio
 
 from baton.rpc import common_pb2, worker_pb2
 from baton.sampling import SamplingParams
@@ -13,12 +15,14 @@ from baton.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from decode_worker.worker import DecodeWorker
 from kvtransfer.inproc import InprocHub
 from prefill_worker.worker import PrefillWorker
-from tests.decode_worker.pair import BASE, RouterStream
+from tests.decode_worker.pair import BASE, Candidate, RouterStream
 from tests.kvtransfer.faulty import TRANSPORT, Faults
 
 SETTINGS = {**BASE, "transports": (TRANSPORT,), "kv_blocks": 160, "chunk_tokens": 24, "sequences_max": 16}
 IDLE_S_MAX = 60.0
 LOST = "the decode worker was lost"
+GONE = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
+"""What a write to a call raises that has ended."""
 Worker = PrefillWorker | DecodeWorker
 
 
@@ -27,9 +31,31 @@ class LosingStream(RouterStream):
 
     async def _read(self) -> None:
         await super()._read()
+        for request_id in self._outputs:
+            self._lose(request_id)
+
+    def _lose(self, request_id: str) -> None:
         lost = worker_pb2.TokenOutput(finish_reason=common_pb2.FINISH_REASON_ERROR, error=LOST)
-        for outputs in self._outputs.values():
-            outputs.put_nowait(lost)
+        self._outputs[request_id].put_nowait(lost)
+
+    async def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        candidates: Iterable[Candidate] = (),
+        request_id: str | None = None,
+        **fields: Any,
+    ) -> str:
+        assert request_id is not None
+        try:
+            await super().submit(prompt, sampling, candidates, request_id, **fields)
+        except GONE:
+            self._lose(request_id)
+        return request_id
+
+    async def cancel(self, request_id: str) -> None:
+        with contextlib.suppress(*GONE):
+            await super().cancel(request_id)
 
 
 @dataclass
