@@ -1,8 +1,8 @@
 """The tables of docs/replay.md: `python -m bench.replay TRACE > docs/replay.md`.
 
 Every placement policy on the same requests, through the real router and scheduler code on simulated H100s: below, at
-and above the knee of the trace, without any reuse, with a slow worker, with larger caches, and on made-up workloads.
-Takes some 100 replays of about 10 s of CPU time each; `--jobs` of them run at once.
+and above the knee of the trace, without any reuse, with a slow worker, with larger caches, with tiers below HBM, and on
+made-up workloads. Takes some 100 replays of about 10 s of CPU time each, and with tiers a minute; `--jobs` run at once.
 """
 
 import os
@@ -16,10 +16,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from baton.latency import TIERS as TIER_NAMES
 from baton.settings import Policy
 from simulator.profile import load_profile
 from simulator.replay import Replay, Scenario
 from simulator.report import Report, three_digits
+from simulator.tiers.worker_tiers import TierSizes
 from simulator.trace import TraceRequest, at_rate, hit_rate_max, made_unique, read_trace
 from simulator.workloads import Conversations, Strangers
 
@@ -44,6 +46,7 @@ class Case:
     slow: str = ""
     kv_blocks: int | None = None
     seed: int = 0
+    tiers: TierSizes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Section:
 
     cases: Sequence[Case]
     lines: Callable[[Reports], Iterable[str]]
+    policies: Sequence[Policy] = POLICIES
 
 
 def requests_of(case: Case, trace: Sequence[TraceRequest]) -> list[TraceRequest]:
@@ -76,7 +80,7 @@ def replay(run: Run, trace: Sequence[TraceRequest]) -> Report:
     case = run.case
     slowdown = {case.slow: SLOWED} if case.slow else {}
     profile = load_profile(case.profile).with_kv_blocks(case.kv_blocks)
-    scenario = Scenario(profile, case.prefill, case.decode, case.seed, slowdown)
+    scenario = Scenario(profile, case.prefill, case.decode, case.seed, slowdown, tiers=case.tiers)
     return Replay(requests_of(case, trace), scenario, run.policy).run()
 
 
@@ -114,6 +118,7 @@ def sections() -> list[Section]:
             for case in slowed
         ),
         titled("## Caches ten times as large: rate 2.5", Case(AT, kv_blocks=8030), CACHES),
+        Section(TIERED, tiered, (OURS,)),
         titled("## Conversations", Case(7.0, "conversations", prefill=2, decode=3), CONVERSATIONS),
         titled("## Strangers", Case(3.5, "strangers", prefill=2, decode=2), STRANGERS),
         titled("## Llama 3.1 70B on workers of four H100s: rate 1.25", Case(1.25, profile="h100-70b")),
@@ -122,6 +127,24 @@ def sections() -> list[Section]:
 
 
 CACHES = "As lower tiers would give: how much more there is to find, and who finds it."
+TIERED_RATES = (BELOW, AT, ABOVE)
+TIERED_SIZES = (None, TierSizes(64 * 2**30), TierSizes(256 * 2**30), TierSizes(256 * 2**30, 2 * 2**40))
+TIERED = [Case(rate, tiers=tiers) for rate in TIERED_RATES for tiers in TIERED_SIZES]
+TIERS = """\
+The real tiers over simulated devices ([simulator.md](simulator.md)), under least-added-latency. One row is
+`baton replay TRACE --profile h100-8b --prefill 4 --decode 6 --rate 2.5 --ddr-bytes 256GiB --ssd-bytes 2TiB`.
+`HBM / DDR / SSD`: the shares of all prompts' blocks that were found there. `restored`: what came up, and `to SSD`: what
+was written there, by all workers together."""
+TIERS_MEANING = """\
+What it shows: most of what this trace repeats, it repeats after HBM has given it up. Host memory finds the greater part
+of that, and an SSD below it some more. Neither mean nor p99 is worse for it anywhere, nor are those of the gaps between
+tokens. What is saved grows with the load, because prompts that need not be computed are not waited for.
+
+What it does not show: devices have the speeds of their data sheets, and what threads, digests and Python cost is not
+counted (`python -m bench.tiers` measures it, on one machine). 256 GiB a worker are all the memory of a machine with
+eight H100s and 2 TB. Nothing is fetched from peers: what lies on another worker than the one chosen is computed again.
+What is written to the SSD is mostly its file as it fills for the first time, which is written in full; how it wears
+after that, an hour of traffic does not tell."""
 CONVERSATIONS = """\
 Made up: conversations of five turns on average that open with one of eight system prompts of 2,048 tokens, 3.5 new ones
 a second; 2 prefill and 3 decode workers."""
@@ -223,6 +246,42 @@ def seeds(reports: Reports) -> Iterator[str]:
     yield ""
 
 
+def tiered(reports: Reports) -> Iterator[str]:
+    yield f"## Tiers below HBM: rates {', '.join(f'{rate:g}' for rate in TIERED_RATES)}"
+    yield ""
+    yield TIERS
+    yield ""
+    yield "| below HBM | rate | hit rate | HBM / DDR / SSD, % | TTFT, s | ITL, ms | restored, TB | to SSD, TB |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    for case in TIERED:
+        yield tiered_row(case, reports[Run(case, OURS)])
+    yield ""
+    yield TIERS_MEANING
+    yield ""
+
+
+def tiered_row(case: Case, report: Report) -> str:
+    uses = report.tiers
+    cells = (
+        name_of(case.tiers),
+        f"{case.rate:g}",
+        f"{report.hit_rate:.1%}",
+        " / ".join(f"{100 * report.hit_rate_by_tier[tier]:.1f}" for tier in TIER_NAMES),
+        report.ttft_s.shown(between=" / "),
+        report.itl_s.shown(1000, " / "),
+        f"{sum(use.restored_bytes for use in uses.values()) / 1e12:.2f}",
+        f"{uses['ssd'].stored_bytes / 1e12:.1f}" if "ssd" in uses else "0",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def name_of(tiers: TierSizes | None) -> str:
+    if tiers is None:
+        return "nothing"
+    ssd = f" + SSD {tiers.ssd_bytes / 2**40:g} TiB" if tiers.ssd_bytes else ""
+    return f"DDR {tiers.ddr_bytes / 2**30:g} GiB{ssd}"
+
+
 def span(values: Iterable[float]) -> str:
     ordered = sorted(values)
     return f"{three_digits(ordered[0])} to {three_digits(ordered[-1])}"
@@ -250,7 +309,7 @@ def main(
     """Print the tables as Markdown."""
     read = read_trace(trace, requests)
     page = sections()
-    runs = list(dict.fromkeys(Run(case, policy) for part in page for case in part.cases for policy in POLICIES))
+    runs = list(dict.fromkeys(Run(case, policy) for part in page for case in part.cases for policy in part.policies))
     reports = {}
     with ProcessPoolExecutor(jobs) as pool, Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("replays", total=len(runs))

@@ -26,13 +26,7 @@ class LateCosts:
 
     def block_s(self, depth: int) -> float:
         """Computing the block at this depth of a prompt, as one of many."""
-        if self.costs is None:
-            return 0.0
-        costs = self.costs()
-        first, tokens = depth * costs.block_tokens, costs.block_tokens
-        prefill = costs.latency.prefill
-        chunk_s = prefill.chunk_s * tokens / costs.chunk_tokens
-        return chunk_s + tokens * (prefill.token_s + prefill.token_context_s * (first + tokens / 2))
+        return 0.0 if self.costs is None else self.costs().block_s(depth)
 
 
 def open_lower_tiers(

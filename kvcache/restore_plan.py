@@ -30,6 +30,12 @@ class RestoreCosts:
         """All but the first `cached` of a prompt's tokens."""
         return self.latency.prefill.prompt_time_s(tokens - cached, cached, self.chunk_tokens)
 
+    def block_s(self, depth: int) -> float:
+        """Computing the block at this depth of a prompt, as one of many."""
+        first, tokens, prefill = depth * self.block_tokens, self.block_tokens, self.latency.prefill
+        chunk_s = prefill.chunk_s * tokens / self.chunk_tokens
+        return chunk_s + tokens * (prefill.token_s + prefill.token_context_s * (first + tokens / 2))
+
     def restore_s(self, blocks: Mapping[Tier, int]) -> float:
         """So many blocks from each tier, one tier after the other."""
         restore = self.latency.restore
@@ -38,14 +44,15 @@ class RestoreCosts:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """Reuse the first `blocks` of the prompt; those of them that lie below HBM take `restore_s` to come up."""
+    """Reuse the first `blocks` of the prompt; those of them that lie below HBM are up after `restore_s`."""
 
     blocks: int
     restore_s: float
 
 
-def plan_restore(runs: Iterable[Run], tokens: int, costs: RestoreCosts) -> RestorePlan:
-    """Of a prompt of `tokens` tokens whose first blocks lie where `runs` says, none of them with its last token.
+def plan_restore(runs: Iterable[Run], tokens: int, costs: RestoreCosts, queued_s: float = 0.0) -> RestorePlan:
+    """Of a prompt of `tokens` tokens whose first blocks lie where `runs` says, none of them with its last token. What
+    other prompts restore already takes until `queued_s` from now.
 
     The predicted time to have all tokens is the time that the restored blocks take and the time to compute the rest.
     Within a run it is a concave function of where to cut, so that it is least at one end of a run: only those are
@@ -59,7 +66,7 @@ def plan_restore(runs: Iterable[Run], tokens: int, costs: RestoreCosts) -> Resto
                 break
             below[tier] += count
         blocks += count
-        restore_s = costs.restore_s(below)
+        restore_s = queued_s + costs.restore_s(below) if below else 0.0
         total_s = restore_s + costs.compute_s(tokens, blocks * costs.block_tokens)
         if total_s <= best_s:
             best, best_s = RestorePlan(blocks, restore_s), total_s

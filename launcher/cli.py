@@ -197,6 +197,10 @@ def replay(
     unique: Annotated[bool, typer.Option("--unique", help="Make every block unique: nothing is reused")] = False,
     slow: Annotated[str, typer.Option(help="Slow workers down, like decode-0=3,prefill-1=2")] = "",
     kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of 512 tokens on each worker")] = None,
+    ddr_bytes: Annotated[
+        str, typer.Option(help="Host memory below each worker's HBM, like 64GiB; 0: there is none")
+    ] = "0",
+    ssd_bytes: Annotated[str, typer.Option(help="SSD below that, on each worker; needs host memory")] = "0",
     worker_queue: Annotated[
         float | None, typer.Option(help="Seconds; requests wait at the router while every worker's queue is longer")
     ] = None,
@@ -207,7 +211,15 @@ def replay(
     plot: Annotated[Path | None, typer.Option(help="Draw the times to first token into this PNG file")] = None,
 ) -> None:
     """Replay a trace through the real router and schedulers, on simulated workers, in virtual time."""
-    from launcher.replay import ReplayOptions, admission_of, parse_policies, parse_slowdown, render, run_replay
+    from launcher.replay import (
+        ReplayOptions,
+        admission_of,
+        parse_policies,
+        parse_slowdown,
+        render,
+        run_replay,
+        tiers_of,
+    )
 
     options = ReplayOptions(
         trace,
@@ -222,6 +234,7 @@ def replay(
         parse_slowdown(slow),
         kv_blocks,
         admission_of(worker_queue, deadline),
+        tiers_of(ddr_bytes, ssd_bytes),
     )
     reports, replayed = run_replay(options)
     if plot is not None:

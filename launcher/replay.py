@@ -1,21 +1,26 @@
 """`baton replay`: runs a trace through a simulated cluster under each policy named, and shows what that comes to."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from baton.errors import SettingsError
-from baton.settings import Policy
+from baton.settings import Bytes, Policy
 from simulator.line import Admission
 from simulator.profile import load_profile
 from simulator.replay import Replay, Scenario
 from simulator.report import Report
+from simulator.tiers.worker_tiers import TierSizes
 from simulator.trace import TraceRequest, at_rate, hit_rate_max, made_unique, read_trace
+
+_SIZE = TypeAdapter(Bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class ReplayOptions:
     slowdown: dict[str, float]
     kv_blocks: int | None
     admission: Admission | None
+    tiers: TierSizes | None
 
 
 def parse_policies(text: str) -> tuple[Policy, ...]:
@@ -68,6 +74,16 @@ def admission_of(worker_queue_s: float | None, deadline_s: float | None) -> Admi
     return Admission(**given) if given else None
 
 
+def tiers_of(ddr_bytes: str, ssd_bytes: str) -> TierSizes | None:
+    """Of sizes as people write them; None: there are none. Raises SettingsError."""
+    sizes = {"--ddr-bytes": ddr_bytes, "--ssd-bytes": ssd_bytes}
+    try:
+        ddr, ssd = (_SIZE.validate_python(text) for text in sizes.values())
+    except ValidationError as error:
+        raise SettingsError(f"{' and '.join(sizes)}: {error.errors()[0]['msg']}.") from None
+    return TierSizes(ddr, ssd) if ddr or ssd else None
+
+
 def run_replay(options: ReplayOptions) -> tuple[list[Report], list[TraceRequest]]:
     """A report for each policy, and the trace as it was replayed.
 
@@ -76,7 +92,9 @@ def run_replay(options: ReplayOptions) -> tuple[list[Report], list[TraceRequest]
     if options.rate <= 0:
         raise SettingsError("The rate must be positive.")
     profile = load_profile(options.profile).with_kv_blocks(options.kv_blocks)
-    scenario = Scenario(profile, options.prefill, options.decode, options.seed, options.slowdown, options.admission)
+    scenario = Scenario(
+        profile, options.prefill, options.decode, options.seed, options.slowdown, options.admission, options.tiers
+    )
     trace = at_rate(read_trace(options.trace, options.requests), options.rate)
     if options.unique:
         trace = made_unique(trace)
@@ -92,18 +110,38 @@ def replay_visibly(trace: Sequence[TraceRequest], scenario: Scenario, policy: Po
         return Replay(trace, scenario, policy, lambda left: progress.update(task, completed=left)).run()
 
 
-def render(reports: Sequence[Report], trace: Sequence[TraceRequest]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
-    table.caption = (
+def render(reports: Sequence[Report], trace: Sequence[TraceRequest]) -> RenderableType:
+    caption = (
         "Latencies: mean/p50/p99. Busy: prefill/decode workers.\n"
         f"Bound of the hit rate, with an infinite cache: {hit_rate_max(trace):.1%}."
     )
+    columns = ("refused", "hit", "TTFT, s", "ITL, ms", "E2E, s", "busy, %", "tok/s")
+    table = table_of(columns, map(row, reports), caption)
+    if not reports[0].tiers:
+        return table
+    return Group(table, "", table_of(TIER_COLUMNS, chain(*map(tier_rows, reports)), TIER_CAPTION))
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:
+    """Beside the policies."""
+    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption=caption)
     table.add_column("policy", no_wrap=True)
-    for column in ("refused", "hit", "TTFT, s", "ITL, ms", "E2E, s", "busy, %", "tok/s"):
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for report in reports:
-        table.add_row(*row(report))
+    for cells in rows:
+        table.add_row(*cells)
     return table
+
+
+TIER_COLUMNS = ("tier", "hit", "restored, GB", "stored, GB", "held, GB", "of")
+TIER_CAPTION = "Restored, stored: by all workers. Held: by one worker, at most."
+
+
+def tier_rows(report: Report) -> Iterator[list[str]]:
+    yield [report.policy, "hbm", f"{report.hit_rate_by_tier['hbm']:.1%}"]
+    for tier, use in report.tiers.items():
+        sizes = (use.restored_bytes, use.stored_bytes, use.held_bytes_max, use.limit_bytes)
+        yield ["", tier, f"{report.hit_rate_by_tier[tier]:.1%}", *(f"{size / 1e9:,.0f}" for size in sizes)]
 
 
 def row(report: Report) -> list[str]:

@@ -58,7 +58,6 @@ class SimulatedDecodeWorker:
         job, prefill = active.job, active.prefill
         lacking = job.request.prompt_tokens - sequence.cached_tokens
         if prefill is None or lacking <= self._profile.local_prefill_tokens_max:
-            job.cached_tokens = sequence.cached_tokens
             if prefill is not None:
                 self.worker.engine.prefill_here(sequence)
             return
@@ -80,7 +79,7 @@ class SimulatedDecodeWorker:
 
     def _not_prefilled(self, active: _Active, sequence: SimulatedSequence) -> None:
         """The real one would try other prefill workers first; they are as full as this one then."""
-        active.job.cached_tokens, active.job.prefill_worker = sequence.cached_tokens, ""
+        active.job.prefill_worker = ""
         self.worker.engine.prefill_here(sequence)
         self.worker.engine.wake()
 
@@ -95,8 +94,13 @@ class SimulatedDecodeWorker:
         job = self._active[sequence.number].job
         if job.first_token_s is None:
             job.first_token_s = self._time.now_s
+            if not job.prefill_worker:
+                job.computed_with(sequence)
             self._router.first_token(job)
         if reason is not None:
             job.finished_s = self._time.now_s
             del self._active[sequence.number]
             self._router.finished(job)
+
+    def broken(self, sequence: SimulatedSequence) -> None:
+        raise AssertionError(f"{sequence.number} is computed here, from whatever block on")

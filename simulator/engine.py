@@ -5,17 +5,22 @@ Nothing changes while sequences only decode: until one of them ends, fills a blo
 computed as one jump, with the same outcome and times as one by one.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from baton.latency import StepWork, WorkerLatency
 from engine.interface import FinishReason, Prefill
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import LiveSequence
+from simulator.jump import Jump, StepLog, decodes, steps_alike, work_of
+from simulator.restores import Below, NothingBelow, Restores
 from simulator.sequence import SimulatedSequence
 from simulator.virtual_time import VirtualTime
+
+TURN_S = 0.0002
+"""Between two turns of an engine that has nothing to compute."""
 
 
 class EngineListener(Protocol):
@@ -34,27 +39,8 @@ class EngineListener(Protocol):
         """Its first token, its last token, or both; and a token of a Prefill.ONLY sequence, which then holds its
         blocks until `release`."""
 
-
-@dataclass(frozen=True, slots=True)
-class Jump:
-    """Steps that are computed as one: the first takes `first_s`, each one after it `growth_s` more."""
-
-    start_s: float
-    first_s: float
-    growth_s: float
-    steps: int
-
-    def end_s(self, steps: int) -> float:
-        """When so many of them are over."""
-        return self.start_s + steps * self.first_s + self.growth_s * (steps * (steps - 1) / 2)
-
-    def step_s(self, step: int) -> float:
-        """How long one of them takes, counted from 0."""
-        return self.first_s + self.growth_s * step
-
-    def steps_by(self, time_s: float) -> int:
-        """How many are over once the one that is running then is; at least one."""
-        return 1 + bisect_left(range(1, self.steps), time_s, key=self.end_s)
+    def broken(self, sequence: SimulatedSequence) -> None:
+        """A Prefill.ONLY sequence is gone: what it was to find could not be restored, and others share what follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +51,8 @@ class _Batch:
     work: StepWork
     """Of the first step."""
     jump: Jump
-
-
-@dataclass(slots=True)
-class StepLog:
-    """What inter-token latencies are made of: runs of steps, each a gap for as many sequences as it has rows."""
-
-    first_s: list[float]
-    growth_s: list[float]
-    steps: list[int]
-    rows: list[int]
-    busy_s: float = 0.0
-    steps_computed: int = 0
-
-    @staticmethod
-    def empty() -> "StepLog":
-        return StepLog([], [], [], [])
-
-    def add(self, first_s: float, growth_s: float, steps: int, rows: int) -> None:
-        self.first_s.append(first_s)
-        self.growth_s.append(growth_s)
-        self.steps.append(steps)
-        self.rows.append(rows)
+    is_held_up: bool
+    """By copies or restores: it says nothing of how long computing takes."""
 
 
 class SimulatedEngine:
@@ -100,16 +66,22 @@ class SimulatedEngine:
         measured: Callable[[StepWork, float], None],
         stepped: Callable[[], None],
         steps_max: int = 1 << 20,
+        below: Below = NothingBelow(),  # noqa: B008 - without state
     ) -> None:
         """Every step takes `slowdown` times what `latency` says. `measured` is told the last step of each jump and
-        how long it took; `stepped` is called after every jump and every change of the pool. `steps_max`: of a jump."""
+        how long it took; `stepped` is called after every jump and every change of the pool. `steps_max`: of a jump.
+        `below`: the tiers, if there are any."""
         self.scheduler, self.log = scheduler, StepLog.empty()
         self._time, self._latency, self._slowdown = time, latency, slowdown
         self._listener, self._measured, self._stepped = listener, measured, stepped
         self._steps_max = steps_max
+        self._below, self._restores = below, Restores(time, scheduler, below)
         self._batch: _Batch | None = None
         self._turn_number = 0
         """Of the planned end of a step; an end that is replanned goes under a new one."""
+        self._turned_s, self._has_news = 0.0, False
+        self._check_s: float | None = None
+        """When it will see whether a restore has turned slow."""
         self._commits: list[SimulatedSequence] = []
 
     # ---- what others ask for
@@ -144,9 +116,26 @@ class SimulatedEngine:
         if steps < self._batch.jump.steps:
             self._plan(self._batch, steps)
 
+    def wake_below(self) -> None:
+        """Something below the pool has ended, or wants another turn; these are not many at one instant."""
+        if not self._has_news:
+            self._has_news = True
+            self._time.at(max(self._time.now_s, self._turned_s + TURN_S), self._hear_below)
+
+    def _hear_below(self) -> None:
+        self._has_news = False
+        self.wake()
+
+    def look(self) -> None:
+        """A restore has got on. A step that runs is followed by another look anyway, if anybody waits to join."""
+        if self._batch is None:
+            self._turn()
+
     def _turn(self) -> None:
         """Between two steps: news first, then the next step."""
-        self._batch = None
+        self._batch, self._turned_s = None, self._time.now_s
+        self._settle()
+        self._below.turn()
         self._join()
         for sequence in self.scheduler.admit():
             assert isinstance(sequence, SimulatedSequence)
@@ -158,14 +147,29 @@ class SimulatedEngine:
         if has_preempted:
             self._note_preempted()
         if chunks:
-            self._start(chunks, steps_max=1 if has_preempted else self._steps_max)
+            is_one = has_preempted or self._restores.may_join
+            self._start(chunks, steps_max=1 if is_one else self._steps_max)
+        self._check_later()
         self._stepped()
+
+    def _settle(self) -> None:
+        for broken in self._restores.settle():
+            self.scheduler.remove(broken)
+            self._listener.broken(broken)
+
+    def _check_later(self) -> None:
+        check_s = self._restores.check_s
+        if check_s is not None and check_s != self._check_s:
+            self._check_s = check_s
+            self._time.at(max(check_s, self._time.now_s), self.wake)
 
     def _join(self) -> None:
         commits, self._commits = self._commits, []
         for sequence in commits:
             self.scheduler.commit(sequence)
             self._accept(sequence)
+            if sequence.restoring is not None or sequence.remaining > 1:
+                sequence.last_token_s = self._time.now_s  # its next step may not be the next one
 
     def _note_preempted(self) -> None:
         """Whoever was sent back to the queue had its last token just now, unless it had not even got on again."""
@@ -175,21 +179,36 @@ class SimulatedEngine:
                 sequence.last_token_s = self._time.now_s
 
     def _start(self, chunks: Sequence[Chunk], steps_max: int) -> None:
-        """After a preemption there may be room for who waits: that is seen after one step."""
-        work = work_of(chunks)
+        """After a preemption there may be room for who waits: that is seen after one step. A step lasts at least until
+        what its sequences restore has landed: that comes layer by layer ahead of the computing, as long as it keeps
+        ahead."""
+        now_s, work = self._time.now_s, work_of(chunks)
         only_decodes = not work.new_tokens
         growth_s = self._slowdown * self._latency.decode.kv_token_s * work.sequences if only_decodes else 0.0
+        first_s = self._slowdown * self._latency.step_time_s(work)
+        held_up_s = max(self._below.take_stall_s(), self._restores.landed_s(chunks) - now_s - first_s)
+        if held_up_s > 0.0:
+            first_s, steps_max = first_s + held_up_s, 1
         steps = min(steps_alike(chunks, self.scheduler.block_tokens), steps_max) if only_decodes else 1
-        jump = Jump(self._time.now_s, self._slowdown * self._latency.step_time_s(work), growth_s, steps)
+        jump = Jump(now_s, first_s, growth_s, steps)
         for chunk in chunks:
             if not decodes(chunk):
-                self._listener.computing(chunk.sequence, chunk.start, chunk.end, jump.end_s(1))
-        self._plan(_Batch(chunks, work, jump), steps)
+                self._compute(chunk, jump.end_s(1))
+        self._plan(_Batch(chunks, work, jump, held_up_s > 0.0), steps)
+
+    def _compute(self, chunk: Chunk, until_s: float) -> None:
+        """What a sequence that is sent on has restored is told with the first chunk that it computes."""
+        sequence, block_tokens = chunk.sequence, self.scheduler.block_tokens
+        first, sequence.untold = sequence.untold, None
+        if first is not None and first < sequence.found:
+            self._listener.computing(sequence, first * block_tokens, sequence.found * block_tokens, until_s)
+        self._listener.computing(sequence, chunk.start, chunk.end, until_s)
 
     def _plan(self, batch: _Batch, steps: int) -> None:
         """The batch ends after so many steps."""
         jump = batch.jump
-        self._batch = _Batch(batch.chunks, batch.work, Jump(jump.start_s, jump.first_s, jump.growth_s, steps))
+        jump = Jump(jump.start_s, jump.first_s, jump.growth_s, steps)
+        self._batch = _Batch(batch.chunks, batch.work, jump, batch.is_held_up)
         self._turn_number += 1
         number = self._turn_number
         self._time.at(self._batch.jump.end_s(steps), lambda: self._end(number))
@@ -199,6 +218,10 @@ class SimulatedEngine:
             return
         batch = self._batch
         assert batch is not None
+        if (landed_s := self._restores.landed_s(batch.chunks)) > -inf:  # at this very instant, but for rounding
+            self._time.at(max(landed_s, self._time.now_s), lambda: self._end(number))
+            return
+        self._settle()  # what was restored is known before anything that was computed from it
         self._tell(batch)
         for chunk in batch.chunks:
             self._advance(chunk, batch.jump.steps)
@@ -213,7 +236,8 @@ class SimulatedEngine:
             self.log.add(jump.first_s, jump.growth_s, jump.steps, work.sequences)
         if last:
             work = StepWork(work.sequences, work.kv_tokens + last * work.sequences)
-        self._measured(work, jump.step_s(last))
+        if not batch.is_held_up:
+            self._measured(work, jump.step_s(last))
 
     def _advance(self, chunk: Chunk, steps: int) -> None:
         """Of a chunk that a jump of several steps computes, all but the first are of tokens drawn in between."""
@@ -245,37 +269,3 @@ class SimulatedEngine:
             self.scheduler.hold(sequence)
         else:
             self.scheduler.remove(sequence)
-
-
-def work_of(chunks: Sequence[Chunk]) -> StepWork:
-    sequences = kv_tokens = new_tokens = 0
-    token_context = 0.0
-    for chunk in chunks:
-        new = chunk.end - chunk.start
-        if decodes(chunk):
-            sequences += 1
-            kv_tokens += chunk.end
-        else:
-            new_tokens += new
-            token_context += new * (chunk.start + new / 2)
-    return StepWork(sequences, kv_tokens, new_tokens, token_context)
-
-
-def decodes(chunk: Chunk) -> bool:
-    """Whether it draws the next token of a sequence that took part in the step before; not so the last token of one
-    that is computed anew after a preemption."""
-    sequence = chunk.sequence
-    assert isinstance(sequence, SimulatedSequence)
-    return chunk.end - chunk.start == 1 and bool(sequence.output) and sequence.last_token_s is None
-
-
-def steps_alike(chunks: Sequence[Chunk], block_tokens: int) -> int:
-    """For how many steps all sequences go on as in this one: the last one may end a sequence or fill a block."""
-    return min(
-        min(
-            chunk.sequence.tokens_max - len(chunk.sequence.tokens),
-            len(chunk.sequence.blocks) * block_tokens - chunk.start,
-            (chunk.sequence.published + 1) * block_tokens - chunk.start,
-        )
-        for chunk in chunks
-    )

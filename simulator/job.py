@@ -1,10 +1,11 @@
 """One request of the trace on its way through the simulated cluster, and what became of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from baton.ids import BlockHash
 from baton.latency import Tier
+from simulator.sequence import SimulatedSequence
 from simulator.trace import TRACE_BLOCK_TOKENS, TraceRequest
 
 
@@ -21,6 +22,8 @@ class Job:
     """Empty: prefilled on the decode worker."""
     cached_tokens: int = 0
     """Found where the prompt was computed, so that they were not computed again."""
+    restored: Mapping[Tier, int] = field(default_factory=dict)
+    """Blocks of these that came up from lower tiers."""
     first_token_s: float | None = None
     finished_s: float | None = None
     predicted_ttft_s: float = 0.0
@@ -45,6 +48,11 @@ class Job:
     def workers(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.prefill_worker, self.decode_worker)))
 
+    def computed_with(self, sequence: SimulatedSequence) -> None:
+        """Where its prompt was computed."""
+        self.cached_tokens, self.restored = sequence.cached_tokens, sequence.restored
+
     def cached_blocks(self, tier: Tier) -> int:
-        """The tiers below HBM are not simulated yet: nothing is found there."""
-        return self.cached_tokens // TRACE_BLOCK_TOKENS if tier == "hbm" else 0
+        if tier == "hbm":
+            return self.cached_tokens // TRACE_BLOCK_TOKENS - sum(self.restored.values())
+        return self.restored.get(tier, 0)

@@ -9,6 +9,7 @@ from engine.sequence import LiveSequence
 from simulator.job import Job
 from simulator.link import Link, Transfer
 from simulator.sequence import SimulatedSequence
+from simulator.trace import TRACE_BLOCK_TOKENS
 from simulator.worker import Setup, SimulatedWorker
 
 
@@ -52,10 +53,9 @@ class SimulatedPrefillWorker:
     # ---- from the engine
 
     def admitted(self, sequence: SimulatedSequence) -> None:
-        """What was cached here can leave at once."""
-        opened = self._open[sequence.number]
-        opened.ticket.job.cached_tokens = sequence.cached_tokens
-        self._send(opened, 0, sequence.cached_tokens, self._time.now_s)
+        """What is cached in HBM here can leave at once; what is restored leaves with the first step."""
+        end = sequence.published * TRACE_BLOCK_TOKENS
+        self._send(self._open[sequence.number], 0, end, self._time.now_s)
 
     def computing(self, sequence: LiveSequence, start: int, end: int, until_s: float) -> None:
         assert isinstance(sequence, SimulatedSequence)
@@ -72,6 +72,7 @@ class SimulatedPrefillWorker:
     def generated(self, sequence: SimulatedSequence, reason: FinishReason | None) -> None:
         assert reason is not None
         opened = self._open.pop(sequence.number)
+        opened.ticket.job.computed_with(sequence)
         transfer = opened.transfer
         landed_s = max(transfer.landed_s, self._time.now_s) + transfer.cost.latency_s
 
@@ -83,3 +84,6 @@ class SimulatedPrefillWorker:
         if transfer.size_bytes:
             seconds = transfer.cost.latency_s + transfer.busy_s
             self.worker.fit.observe_transfer(transfer.size_bytes, self.worker.noisy(seconds))
+
+    def broken(self, sequence: SimulatedSequence) -> None:
+        self._time.after(self._profile.message_s, self._open.pop(sequence.number).ticket.failed)

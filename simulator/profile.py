@@ -8,7 +8,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.errors import SettingsError
-from baton.latency import WorkerLatency
+from baton.latency import TransferCost, WorkerLatency
+from baton.settings import Bytes
+from kvcache.tiers.interface import LowerTier
 
 SUFFIX = ".yaml"
 ROLES = ("prefill", "decode")
@@ -28,6 +30,25 @@ class RoleProfile(_Part):
     waiting_max: int = Field(1024, ge=1)
 
 
+class TierSpeed(_Part):
+    restore: TransferCost
+    """Out of it, into HBM."""
+    store: TransferCost
+    """Down into it, from the tier above."""
+
+
+class TierProfile(_Part):
+    """The tiers below a worker's HBM. How large they are is another question."""
+
+    ddr: TierSpeed
+    ssd: TierSpeed
+    bytes_in_flight_max: Bytes = Field(ge=1)
+    """As WorkerSettings.tier_bytes_in_flight_max."""
+
+    def of(self, tier: LowerTier) -> TierSpeed:
+        return self.ddr if tier == "ddr" else self.ssd
+
+
 class Profile(_Part):
     model: str
     layers: int = Field(ge=1)
@@ -38,6 +59,8 @@ class Profile(_Part):
     """What workers really need, and what they publish until they have measured."""
     prefill: RoleProfile
     decode: RoleProfile
+    tiers: TierProfile | None = None
+    """None: nobody knows how fast they would be, so none can be replayed."""
     local_prefill_tokens_max: int = Field(64, ge=0)
     """As in DecodeWorkerSettings."""
     message_s: float = Field(ge=0)

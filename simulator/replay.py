@@ -16,6 +16,7 @@ from simulator.prefill import SimulatedPrefillWorker
 from simulator.profile import Profile
 from simulator.report import Report, report
 from simulator.router import SimulatedRouter
+from simulator.tiers.worker_tiers import TierSizes
 from simulator.trace import TRACE_BLOCK_TOKENS, TraceRequest, prompt_block_name
 from simulator.virtual_time import VirtualTime
 from simulator.worker import Setup
@@ -35,6 +36,8 @@ class Scenario:
     slowdown: Mapping[str, float] = field(default_factory=dict)
     """By worker (prefill-0, decode-3): how many times as long everything takes that it computes."""
     admission: Admission | None = None
+    tiers: TierSizes | None = None
+    """Below the HBM of each worker; None: there are none."""
 
     def __post_init__(self) -> None:
         if self.prefill < 0 or self.decode < 1:
@@ -44,6 +47,8 @@ class Scenario:
             raise SettingsError(f"There is no worker {unknown[0]} to slow down; there are {', '.join(sorted(names))}.")
         if any(factor <= 0 for factor in self.slowdown.values()):
             raise SettingsError("A worker is slowed by a positive factor.")
+        if self.tiers is not None:
+            self.tiers.slots(self.profile)
 
 
 def worker_names(role: str, count: int) -> list[str]:
@@ -67,7 +72,7 @@ class Replay:
         self.router = SimulatedRouter(
             time, profile, index, placer, scenario.admission, len(trace), progress or _tell_nobody
         )
-        setup = Setup(time, profile, Random(scenario.seed + 1), self.router.cache_changed)
+        setup = Setup(time, profile, Random(scenario.seed + 1), self.router.cache_changed, scenario.tiers)
 
         def slowdown(worker_id: str) -> float:
             return scenario.slowdown.get(worker_id, 1.0)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 
 from baton.latency import TIERS, Tier
 from simulator.decode import SimulatedDecodeWorker
-from simulator.engine import StepLog
 from simulator.job import Job
+from simulator.jump import StepLog
 from simulator.prefill import SimulatedPrefillWorker
+from simulator.tiers.worker_tiers import TierUse, WorkerTiers
 
 Floats = NDArray[np.float64]
 
@@ -45,6 +47,8 @@ class Report:
     hit_rate: float
     """The share of the prompts' blocks that were found cached where the prompt was computed."""
     hit_rate_by_tier: dict[Tier, float]
+    tiers: dict[Tier, TierUse]
+    """Those below HBM: what all workers moved, and what any one held at most. Empty: there are none."""
     ttft_s: Spread
     """Arrival to first token at the decode worker."""
     itl_s: Spread
@@ -108,6 +112,11 @@ def hit_rates(jobs: Sequence[Job]) -> dict[Tier, float]:
     return {tier: sum(job.cached_blocks(tier) for job in jobs) / max(blocks, 1) for tier in TIERS}
 
 
+def tier_uses(workers: Sequence[WorkerTiers]) -> dict[Tier, TierUse]:
+    uses = [tiers.uses() for tiers in workers]
+    return {tier: reduce(TierUse.beside, (each[tier] for each in uses)) for tier in (uses[0] if uses else ())}
+
+
 def ttft_error(jobs: Sequence[Job]) -> float:
     if not jobs:
         return 0.0
@@ -123,6 +132,7 @@ def report(
 ) -> Report:
     """Once all jobs have been served or refused."""
     served = [job for job in jobs if job.refused is None]
+    workers = [*(one.worker for one in prefill), *(one.worker for one in decode)]
     start_s = min(job.request.arrival_s for job in jobs)
     duration_s = max((job.end_s for job in served), default=start_s) - start_s
     ttfts_s = np.sort([job.ttft_s for job in served])
@@ -133,6 +143,7 @@ def report(
         refused=len(jobs) - len(served),
         hit_rate=sum(rates.values()),
         hit_rate_by_tier=rates,
+        tiers=tier_uses([worker.tiers for worker in workers if worker.tiers]),
         ttft_s=spread(ttfts_s),
         itl_s=spread(*token_gaps([one.worker.engine.log for one in decode])),
         e2e_s=spread(np.array([job.e2e_s for job in served])),

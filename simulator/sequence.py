@@ -1,18 +1,19 @@
 """Requests as the simulated engines see them: how many tokens and what their blocks are called, but not the tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 from baton.ids import BlockHash, RequestId
+from baton.latency import Tier
 from baton.sampling import SamplingParams
 from engine.interface import EngineRequest, Prefill
 from engine.sequence import LiveSequence
-from kvcache.block_hash import BlockHasher
+from kvcache.block_hash import HASH_BYTES, BlockHasher
 from simulator.trace import answer_block_name
 
 GREEDY = SamplingParams(temperature=0)
-NO_ROOT = BlockHash(b"")
+NO_ROOT = BlockHash(bytes(HASH_BYTES))
 
 
 class GivenNames(BlockHasher):
@@ -39,6 +40,8 @@ class SimulatedSequence(LiveSequence):
     """Of its request, in the trace."""
     last_token_s: float | None = None
     """Set while it does not take part in every step: when its last token came."""
+    restored: Mapping[Tier, int] = field(default_factory=dict)
+    """Blocks that came up when it was first admitted, by the tier that they came from."""
 
     def generate(self, tokens: int) -> None:
         self.tokens += bytes(tokens)

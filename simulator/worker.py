@@ -1,24 +1,30 @@
 """Simulated workers: what prefill_worker and decode_worker do with an engine, in virtual time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from baton.cluster.cache_events import CacheChanges
 from baton.cluster.worker_info import Load, Role, WorkerInfo
 from baton.ids import WorkerId
-from baton.latency import StepWork
+from baton.latency import StepWork, WorkerLatency
 from baton.latency_fit import LatencyFit
 from engine.cache_journal import CacheJournal
 from engine.interface import Prefill
+from engine.prefix_cache import PrefixCache
 from engine.scheduler import Limits, Scheduler
+from engine.tier_pump import TierPump
 from engine.worker.arrival_rate import ArrivalRate
 from kvcache.block_pool import BlockPool
+from kvcache.restore_plan import RestoreCosts
+from kvcache.tiers.interface import RestoreTiming
 from simulator.engine import EngineListener, SimulatedEngine
 from simulator.job import Job
 from simulator.profile import Profile, RoleProfile
+from simulator.restores import NothingBelow
 from simulator.sequence import SimulatedSequence, begin_sequence
+from simulator.tiers.worker_tiers import TierSizes, WorkerTiers, block_bytes_of, latency_with_tiers
 from simulator.trace import TRACE_BLOCK_TOKENS
 from simulator.virtual_time import VirtualTime
 
@@ -39,6 +45,8 @@ class Setup:
     random: Random
     publish: Callable[[WorkerId, CacheChanges], None]
     """A worker's KV events, at the instant they leave it."""
+    tiers: TierSizes | None = None
+    """Below each worker's HBM."""
 
 
 class SimulatedWorker:
@@ -47,17 +55,50 @@ class SimulatedWorker:
     def __init__(self, setup: Setup, worker_id: str, role: Role, slowdown: float, listener: EngineListener) -> None:
         profile, of_role = setup.profile, role_profile(setup.profile, role)
         self.worker_id, self.role, self.setup = WorkerId(worker_id), role, setup
-        self._cache = CacheJournal()
-        pool = BlockPool(of_role.kv_blocks, self._cache)
-        limits = Limits(of_role.chunk_tokens, of_role.sequences_max, of_role.waiting_max)
-        self.scheduler = Scheduler(pool, TRACE_BLOCK_TOKENS, limits)
+        latency = latency_with_tiers(profile, setup.tiers)
+        self.fit = LatencyFit(latency)
+        self._of_role = of_role
+        self._costs: RestoreCosts | None = None
+        """As known by now; None: to be worked out anew."""
+        self.tiers = self._make_tiers()
+        self.scheduler, self._pump = self._make_scheduler()
         self.engine = SimulatedEngine(
-            setup.time, self.scheduler, profile.latency, slowdown, listener, self._measured, self._publish
+            setup.time,
+            self.scheduler,
+            profile.latency,
+            slowdown,
+            listener,
+            self._measured,
+            self._publish,
+            below=self if self.tiers else NothingBelow(),
         )
-        self.fit = LatencyFit(profile.latency)
+        self._pump.on_wake(self.engine.wake_below)
+        if self.tiers:
+            self.tiers.layer_landed = self.engine.look
         self._measured_s = -math.inf
         self._arrivals, self._arrival_rate = 0, ArrivalRate(setup.time)
-        self._record = worker_record(profile, of_role, self.worker_id, role)
+        self._record = worker_record(profile, of_role, self.worker_id, role, latency)
+
+    def _make_tiers(self) -> WorkerTiers | None:
+        setup = self.setup
+        if setup.tiers is None:
+            return None
+        seed = setup.random.getrandbits(64)
+        return WorkerTiers(setup.time, setup.tiers, setup.profile, self._of_role.kv_blocks, self.costs, seed)
+
+    def _make_scheduler(self) -> tuple[Scheduler, TierPump]:
+        of_role, store, journal = self._of_role, (self.tiers.store if self.tiers else None), CacheJournal()
+        pool = BlockPool(of_role.kv_blocks, *([store] if store else []), journal)
+        cache = PrefixCache(pool, TRACE_BLOCK_TOKENS, store, self.costs, self.setup.profile.layers, self.setup.time)
+        limits = Limits(of_role.chunk_tokens, of_role.sequences_max, of_role.waiting_max)
+        return Scheduler(pool, TRACE_BLOCK_TOKENS, limits, cache), TierPump(store, pool, journal)
+
+    def costs(self) -> RestoreCosts:
+        """Of bringing up and of computing, as far as is known by now."""
+        if self._costs is None:
+            block_bytes, chunk_tokens = block_bytes_of(self.setup.profile), self._of_role.chunk_tokens
+            self._costs = RestoreCosts(self.fit.latency, TRACE_BLOCK_TOKENS, block_bytes, chunk_tokens)
+        return self._costs
 
     def begin(self, job: Job, prefill: Prefill) -> SimulatedSequence:
         """Queues a request. Raises Overloaded."""
@@ -80,12 +121,28 @@ class SimulatedWorker:
         if self.setup.time.now_s >= self._measured_s + MEASURE_PERIOD_S:
             self._measured_s = self.setup.time.now_s
             self.fit.observe_step(work, self.noisy(seconds))
+            self._costs = None
 
     def noisy(self, seconds: float) -> float:
         return seconds * max(1 + NOISE * self.setup.random.gauss(0, 1), 0.1)
 
+    # ---- the tiers below, for the engine
+
+    def turn(self) -> None:
+        self._pump.turn()
+
+    def take_stall_s(self) -> float:
+        return self.tiers.take_stall_s() if self.tiers else 0.0
+
+    def restored(self, timings: Sequence[RestoreTiming]) -> None:
+        for timing in timings:
+            self.fit.observe_restore(timing.tier, timing.size_bytes, self.noisy(timing.seconds))
+            self._costs = None
+
     def _publish(self) -> None:
-        if changes := self._cache.take():
+        if self.tiers:
+            self.tiers.note_held()
+        if changes := self._pump.take_changes():
             self.setup.publish(self.worker_id, changes)
 
     @property
@@ -109,7 +166,9 @@ def role_profile(profile: Profile, role: Role) -> RoleProfile:
     return profile.prefill if role == "prefill" else profile.decode
 
 
-def worker_record(profile: Profile, of_role: RoleProfile, worker_id: WorkerId, role: Role) -> WorkerInfo:
+def worker_record(
+    profile: Profile, of_role: RoleProfile, worker_id: WorkerId, role: Role, latency: WorkerLatency
+) -> WorkerInfo:
     return WorkerInfo(
         worker_id=worker_id,
         role=role,
@@ -126,6 +185,6 @@ def worker_record(profile: Profile, of_role: RoleProfile, worker_id: WorkerId, r
         layers=profile.layers,
         chunk_tokens=of_role.chunk_tokens,
         sequences_max=of_role.sequences_max,
-        latency=profile.latency,
+        latency=latency,
         epoch=EPOCH,
     )

@@ -4,7 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from bench.replay import OURS, POLICIES, Case, Run, change, head, replay, requests_of, sections, span, sweep, titled
+from bench.replay import (
+    OURS,
+    POLICIES,
+    TIERED,
+    Case,
+    Run,
+    change,
+    head,
+    replay,
+    requests_of,
+    sections,
+    span,
+    sweep,
+    tiered,
+    titled,
+)
 from simulator.report import Spread, three_digits
 from simulator.trace import hit_rate_max
 from simulator.workloads import Conversations
@@ -62,3 +77,16 @@ def test_figures_have_three_digits() -> None:
     assert Spread(0.0005, 0.0123, 0.2).shown(1000) == "0.500/12.3/200"
     assert span([3.0, 1.0, 2.0]) == "1.00 to 3.00"
     assert change(1.02, 1.0) == "+2.0%"
+
+
+def test_tiers_have_a_row_for_each_size_and_rate() -> None:
+    reports = {Run(case, OURS): REPORTS[Run(CASE, OURS)] for case in TIERED}
+    rows = [line for line in tiered(reports) if line.startswith("| ")]
+    assert len(rows) == 1 + len(TIERED)
+    assert len({row.count("|") for row in rows}) == 1, "all as wide as the head"
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[1:5]] == [
+        "nothing",
+        "DDR 64 GiB",
+        "DDR 256 GiB",
+        "DDR 256 GiB + SSD 2 TiB",
+    ]

@@ -12,7 +12,8 @@ from engine.interface import FinishReason, Prefill
 from engine.scheduler import Limits, Scheduler
 from engine.sequence import LiveSequence
 from kvcache.block_pool import BlockPool
-from simulator.engine import Jump, SimulatedEngine
+from simulator.engine import SimulatedEngine
+from simulator.jump import Jump
 from simulator.report import gaps_of
 from simulator.sequence import SimulatedSequence, begin_sequence
 from simulator.trace import prompt_block_name
@@ -47,6 +48,9 @@ class Recorder:
 
     def generated(self, sequence: SimulatedSequence, reason: FinishReason | None) -> None:
         self.events.append(("finished" if reason else "first token", sequence.number, self.time.now_s))
+
+    def broken(self, sequence: SimulatedSequence) -> None:
+        self.events.append(("broken", sequence.number, self.time.now_s))
 
 
 @dataclass

@@ -76,6 +76,9 @@ def test_a_chart_is_drawn(trace: Path, tmp_path: Path) -> None:
         (("--slow", "decode-7=3"), 2, "There is no worker decode-7"),
         (("--kv-blocks", "1"), 2, "KV blocks"),
         (("--deadline", "-1"), 2, "positive"),
+        (("--ssd-bytes", "1TiB"), 2, "needs host memory"),
+        (("--ddr-bytes", "much"), 2, "a size looks like"),
+        (("--ddr-bytes", "1MiB"), 2, "no room for one KV block"),
         (("--plot", "/nowhere/at/all.png"), 1, "cannot be written"),
     ],
 )
@@ -91,3 +94,17 @@ def test_a_bad_trace_is_named_with_its_line(trace: Path, capsys: pytest.CaptureF
     trace.write_text(trace.read_text() + '{"timestamp": 1}\n')
     assert replay(trace) == 1
     assert "Line 41 of the trace" in capsys.readouterr().err
+
+
+def test_tiers_are_told_apart(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiers = ("--kv-blocks", "40", "--ddr-bytes", "8GiB", "--ssd-bytes", "0.5TiB")
+    assert replay(trace, "--json", *tiers) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["tiers"]) == {"ddr", "ssd"}
+    assert 0 < report["tiers"]["ddr"]["held_bytes_max"] <= report["tiers"]["ddr"]["limit_bytes"] <= 8 * 2**30
+    assert report["hit_rate_by_tier"]["ddr"] > 0
+    assert replay(trace, "--policy", "round-robin", *tiers) == 0
+    out = capsys.readouterr().out
+    assert "round-robin" in out and "restored, GB" in out and "ssd" in out
+    assert replay(trace, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tiers"] == {}
