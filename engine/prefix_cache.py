@@ -32,6 +32,8 @@ class PrefixCache:
         self._tiers, self._costs, self._layers, self._clock = tiers, costs, layers, clock
         self.restoring: dict[LiveSequence, Restoring] = {}
         """Those whose restore nobody has settled yet."""
+        self._begun: list[Restoring] = []
+        """Those for peers, too, of which some may have ended."""
         self.hits_tokens: Counter[Tier] = Counter()
         self._tenants: dict[BlockId, TenantTag] = {}
         """Whose each block was that was published last; of published blocks that came from elsewhere it may be
@@ -64,7 +66,8 @@ class PrefixCache:
         of that lies below the pool is on its way up when this returns."""
         places = self.places(names)
         if self._tiers is not None and self._costs is not None:
-            places = places[: plan_restore(runs_of(places), len(sequence.tokens), self._costs()).blocks]
+            plan = plan_restore(runs_of(places), len(sequence.tokens), self._costs(), self._queued_s())
+            places = places[: plan.blocks]
             self._tiers.used(names[: len(places)], sequence.owner)
         sequence.published = next((index for index, place in enumerate(places) if place != "hbm"), len(places))
         sequence.blocks = self._lay_out(names, places, count, sequence.published)
@@ -93,13 +96,17 @@ class PrefixCache:
         assert self._tiers is not None and self._costs is not None
         costs = self._costs()
         tokens, cached = len(places) * self._block_tokens, filled[0] * self._block_tokens
-        expected_s, compute_s = (
-            costs.restore_s(Counter(places[index] for index in filled)),
-            costs.compute_s(tokens, cached),
-        )
+        expected_s = self._queued_s() + costs.restore_s(Counter(places[index] for index in filled))
+        compute_s = costs.compute_s(tokens, cached)
         self._coming.update(names)
         restore = self._restore(names, blocks)
-        return Restoring(restore, filled, len(places), self._clock(), expected_s, compute_s, names)
+        self._begun.append(Restoring(restore, filled, len(places), self._clock(), expected_s, compute_s, names))
+        return self._begun[-1]
+
+    def _queued_s(self) -> float:
+        """Until all is up that is on its way, one after the other."""
+        self._begun = [restoring for restoring in self._begun if not restoring.is_over]
+        return sum(restoring.restore.left_s for restoring in self._begun)
 
     def _restore(self, names: Sequence[BlockHash], blocks: Sequence[BlockId]) -> Restore:
         """Of what was located before room was made for it, as much as is still there."""

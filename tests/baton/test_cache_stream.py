@@ -223,8 +223,9 @@ def test_redis_killed_and_back_empty_loses_no_change_that_was_not_read(
 
     with EmbeddedRedis() as server:
         asyncio.run(main(server))
-    failing = [line for line in caplog.messages if "Publishing KV events" in line]
-    assert len([line for line in failing if "fails" in line]) <= 1
+    told = [line for line in caplog.messages if "Publishing KV events" in line]
+    again = sum("works again" in line for line in told)
+    assert sum("fails" in line for line in told) <= again + 1, "one line for as long as it fails"
 
 
 def test_while_redis_is_away_what_waits_is_bounded(key_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from baton.sampling import SamplingParams
 from engine.interface import BlocksWritten, EngineRequest, Prefill, Retention
 from engine.scheduler import Limits
 
+OTHER = tuple(range(30, 45))
+
 # ---- up, when all is well
 
 
@@ -85,6 +87,23 @@ def test_what_is_quicker_to_compute_is_computed() -> None:
     assert not tiers.restores
     assert toy.outputs[A] == reference(PROMPT)
     assert toy.first[A].cached_tokens == 0
+
+
+def test_behind_a_long_restore_of_another_it_is_computed() -> None:
+    toy = tiered(blocks=24)
+    toy.add("other", OTHER)
+    toy.run()
+    tiers = below(toy, at_once=False)
+    assert all(tiers.tier_of(name) == "ddr" for name in names(OTHER))
+    toy.add("a", PROMPT)
+    toy.step()
+    toy.add("b", OTHER)
+    toy.run()
+    assert len(tiers.restores) == 1 and toy.first[B].cached_tokens == 0
+    assert toy.outputs[B] == reference(OTHER)
+    toy.engine.abort(A)
+    toy.run()
+    toy.assert_idle()
 
 
 def test_others_go_on_while_one_is_restored() -> None:

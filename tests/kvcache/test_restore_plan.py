@@ -56,6 +56,13 @@ def test_a_tier_of_unknown_speed_ends_the_run() -> None:
     assert plan_restore([("hbm", 1), ("ssd", 1), ("hbm", 5)], 200, costs()).blocks == 1
 
 
+def test_behind_what_others_restore_it_may_be_quicker_to_compute() -> None:
+    quick = costs(ddr=per_block(0.010))  # computing a block takes 0.016
+    assert plan_restore([("ddr", 5)], 100, quick, 0.029) == RestorePlan(5, pytest.approx(0.079))
+    assert plan_restore([("ddr", 5)], 100, quick, 0.031).blocks == 0
+    assert plan_restore([("hbm", 5)], 100, quick, 1.0) == RestorePlan(5, 0.0), "nothing has to come up"
+
+
 def test_runs() -> None:
     assert runs_of(["hbm", "hbm", "ddr", "hbm"]) == [("hbm", 2), ("ddr", 1), ("hbm", 1)]
     assert runs_of([]) == []

@@ -49,7 +49,6 @@ class RestoreJob:
         self._clock = clock
         self._wake = wake
         self._on_cancel = on_cancel
-        self._begun_s = clock()
         self._changed = threading.Condition()
         self._count = LayerCount(plan.pieces, plan.layers)
         self._layers = 0
@@ -107,9 +106,9 @@ class RestoreJob:
                 return 0.0
             landed, total = self._by_tier(self._landed_bytes), self._by_tier([self.plan.row_bytes] * self._parts)
             undigested_bytes = sum(map(self._undigested_bytes, self.plan.pool_checks))
-        elapsed_s = self._clock() - self._begun_s
+            speeds = {tier: self._speed(tier, landed[tier]) for tier in total}
         return self._speeds.digest_s(undigested_bytes) + sum(
-            (total[tier] - landed[tier]) / self._speed(tier, landed[tier], elapsed_s) for tier in total
+            (total[tier] - landed[tier]) / speeds[tier] for tier in total
         )
 
     def _undigested_bytes(self, position: int) -> int:
@@ -117,9 +116,10 @@ class RestoreJob:
         layer_bytes = self.plan.row_bytes // self.plan.layers
         return self._landed_bytes[position] - self._digested_layers[position] * layer_bytes
 
-    def _speed(self, tier: LowerTier, landed_bytes: int, elapsed_s: float) -> float:
-        own = landed_bytes / elapsed_s if elapsed_s > 0 else 0.0
-        return own or self._speeds.bytes_per_s(tier)
+    def _speed(self, tier: LowerTier, landed_bytes: int) -> float:
+        """Its own since its first piece, for until then it waited behind others; else what is usual."""
+        elapsed_s = self._clock() - self._spent[tier].first_s if landed_bytes else 0.0
+        return landed_bytes / elapsed_s if elapsed_s > 0 else self._speeds.bytes_per_s(tier)
 
     def _by_tier(self, sizes: Sequence[int]) -> dict[LowerTier, int]:
         sums: dict[LowerTier, int] = {}

@@ -32,16 +32,16 @@ def assert_holds(rig: Rig, contents: Sequence[int], places: Sequence[int]) -> No
 
 
 class Gate:
-    """A copier whose scatters of some layers wait."""
+    """A copier whose scatters of some layers, into some blocks, wait."""
 
-    def __init__(self, rig: Rig, first_layer: int) -> None:
+    def __init__(self, rig: Rig, first_layer: int, blocks: range = range(1 << 30)) -> None:
         self._scatter = rig.io._copies._copier.scatter
-        self._first_layer = first_layer
+        self._first_layer, self._blocks = first_layer, blocks
         self.reached, self.open = threading.Event(), threading.Event()
         rig.io._copies._copier.scatter = self.scatter  # type: ignore[method-assign]
 
     def scatter(self, layers: range, rows: Rows, slots: Sequence[Slot], blocks: Sequence[BlockId]) -> None:
-        if layers.start >= self._first_layer:
+        if layers.start >= self._first_layer and blocks[0] in self._blocks:
             self.reached.set()
             assert self.open.wait(WAIT_S)
         self._scatter(layers, rows, slots, blocks)
@@ -277,6 +277,23 @@ def test_left_s_goes_by_its_own_speed_or_what_is_known_of_the_tier() -> None:
         assert job.left_s == pytest.approx(6.0)
         gate.open.set()
         assert ended(job).timings[0].seconds == 2.0
+
+
+def test_what_it_waited_behind_others_does_not_make_it_slow() -> None:
+    now_s = [0.0]
+    with rig_of(sizes=IoSizes(16 * BLOCK_BYTES, 1, BLOCK_BYTES), verify_ddr="never", clock=lambda: now_s[0]) as rig:
+        rig.fill(list(range(16)))
+        before, within = Gate(rig, 0, range(40, 48)), Gate(rig, 1, range(50, 58))
+        first = rig.io.restore([rig.part("ddr", index, 40 + index) for index in range(8)])
+        second = rig.io.restore([rig.part("ddr", 8 + index, 50 + index) for index in range(8)])
+        assert before.reached.wait(WAIT_S)
+        now_s[0] = 2.0
+        before.open.set()
+        assert second.wait_layer(0, WAIT_S) and within.reached.wait(WAIT_S)
+        now_s[0] = 2.5
+        assert second.left_s == pytest.approx(1.5), "a quarter of it took half a second"
+        within.open.set()
+        assert ended(first).good == ended(second).good == 8
 
 
 @pytest.mark.parametrize(("verify", "checked"), [("always", 32), ("sampled", 2), ("never", 0)])
