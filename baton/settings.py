@@ -117,7 +117,10 @@ class WorkerSettings(ServiceSettings):
         "none", description="How KV is kept below HBM; int8 is half to a quarter of the size, and not exact"
     )
     tier_bytes_in_flight_max: Bytes = Field(
-        64 * 2**20, ge=1, description="KV bytes that may be on their way between tiers at one time"
+        0,
+        ge=0,
+        description="KV bytes that may be on their way between tiers at one time; 0: what two steps of prompts make, "
+        "64 MiB at least",
     )
     fetch: bool = Field(True, description="Fetch prefixes from other workers where the router finds that quicker")
     transports: tuple[TransportName, ...] = Field(

@@ -7,6 +7,7 @@ import torch
 
 from baton.errors import SettingsError
 from baton.ids import BlockId
+from baton.layout import KVLayout
 from baton.settings import WorkerSettings
 from engine.device_copier import DeviceCopier
 from engine.device_region import DeviceRegion
@@ -16,6 +17,9 @@ from kvcache.tiers.interface import BlockCopier, LowerTiers
 from kvcache.tiers.opening import open_tiers
 from kvcache.tiers.rows.copier import HostCopier
 from kvtransfer.region import HostRegion
+
+STEPS_IN_FLIGHT = 2
+BYTES_IN_FLIGHT_MIN = 64 * 2**20
 
 
 class LateCosts:
@@ -43,7 +47,7 @@ def open_lower_tiers(
         ssd_dir=settings.ssd_dir,
         ssd_bytes=settings.ssd_bytes,
         kv_compression=settings.kv_compression,
-        bytes_in_flight_max=settings.tier_bytes_in_flight_max,
+        bytes_in_flight_max=bytes_in_flight_max(settings, model.layout),
         copier=_copier(region),
         digests=_digests(region),
         saved_s=costs.block_s,
@@ -53,6 +57,12 @@ def open_lower_tiers(
     if tiers is None:
         raise SettingsError(f"ddr_bytes: one KV block takes more than {settings.ddr_bytes} bytes.")
     return tiers
+
+
+def bytes_in_flight_max(settings: WorkerSettings, layout: KVLayout) -> int:
+    """One step may evict as much as it computes, and what is evicted past this is dropped."""
+    steps_bytes = STEPS_IN_FLIGHT * settings.chunk_tokens * layout.block_bytes // layout.block_tokens
+    return settings.tier_bytes_in_flight_max or max(BYTES_IN_FLIGHT_MIN, steps_bytes)
 
 
 def _copier(region: HostRegion | DeviceRegion) -> BlockCopier:
