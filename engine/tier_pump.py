@@ -17,6 +17,10 @@ class LentBlocks:
         self._pool = pool
         self.holds: Counter[BlockId] = Counter()
 
+    @property
+    def used(self) -> int:
+        return self._pool.used
+
     def upcoming(self, count: int) -> Sequence[tuple[BlockId, BlockHash]]:
         return self._pool.upcoming(count)
 

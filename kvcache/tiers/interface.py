@@ -145,6 +145,10 @@ class HotPrefix:
 class PoolView(Protocol):
     """What the tiers ask of the engine's pool."""
 
+    @property
+    def used(self) -> int:
+        """Blocks that somebody holds."""
+
     def upcoming(self, count: int) -> Sequence[tuple[BlockId, BlockHash]]:
         """Cached blocks in about the order in which they will be given away, at most so many. Changes nothing."""
 

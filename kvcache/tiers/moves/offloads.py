@@ -22,6 +22,8 @@ AHEAD: Final = 64
 """Blocks that are copied down before they are evicted: more than most steps evict."""
 AHEAD_DIVISOR: Final = 8
 """But no more than one in so many of the pool's at one time: they are held meanwhile."""
+BATCH: Final = 16
+"""What need not be copied yet waits until it is so much, while sequences run: each copy disturbs a step a little."""
 BYTES_DIVISOR: Final = 2
 """What need not be copied yet takes no more than one byte in so many of those that may be in flight."""
 
@@ -53,6 +55,7 @@ class Offloads:
         self._held_max = max(1, hbm_blocks // AHEAD_DIVISOR)
         self._ahead = min(AHEAD, self._held_max)
         self._bytes_max = bytes_max
+        self._batch = min(BATCH, self._held_max)
         self._now_max = max(1, bytes_max // shelves.row_bytes)
         self.under_way: list[Offload] = []
         self._void: set[BlockHash] = set()
@@ -105,8 +108,9 @@ class Offloads:
             self.is_due = False
             held += self._send(pool, self._soon(pool, min(self._ahead - held, room)))
         room = (self._bytes_max // BYTES_DIVISOR - self._io.bytes_in_flight) // block_bytes
-        count = min(self._held_max - held, room, len(self._shelves.index.unsaved))
-        if count > 0:
+        unsaved, is_idle = len(self._shelves.index.unsaved), pool.used <= held
+        count = min(self._held_max - held, room, unsaved)
+        if count > 0 and (is_idle or unsaved >= self._batch):
             self._send(pool, self._oldest(min(count, self._room_below(count, now_s))))
 
     def _soon(self, pool: PoolView, count: int) -> list[tuple[int, BlockId]]:

@@ -9,6 +9,7 @@ import pytest
 from baton.ids import BlockHash
 from kvcache.eviction.policy import make_policy
 from kvcache.tiers.interface import LowerTier, Owner
+from kvcache.tiers.moves.offloads import BATCH
 from tests.kvcache.tiers.fake_io import FakeRestore, content_of
 from tests.kvcache.tiers.store_world import DISK_ERROR, ROOT, ROW_BYTES, TENANTS, World, chain
 
@@ -76,6 +77,27 @@ def test_bytes_in_flight_are_bounded() -> None:
     for _ in range(10):
         world.pump()
         assert 0 < world.io.bytes_in_flight <= 3 * ROW_BYTES
+
+
+def test_blocks_in_use_go_down_in_batches_and_the_last_when_nobody_uses_any() -> None:
+    world = World(blocks=256, ddr_slots=256, ssd_slots=0, bytes_in_flight_max=PLENTY)
+    names, blocks = chain(*range(20)), world.pool.allocate(20)
+
+    def copied_once_there_are(count: int) -> int:
+        first = len(world.pool.match(names).blocks)
+        world.store.published(ROOT, names[:count], first, Owner(TENANTS[0]))
+        for at in range(first, count):
+            world.pool.publish(blocks[at], names[at])
+        world.pump()
+        copied = world.io.bytes_in_flight // ROW_BYTES
+        world.io.end_all()
+        world.pump()
+        return copied
+
+    assert [copied_once_there_are(count) for count in (1, BATCH - 1, BATCH, BATCH + 3)] == [0, 0, BATCH, 0]
+    world.pool.release(blocks)
+    world.settle()
+    assert len(world.store.locate(names)) == BATCH + 3
 
 
 def test_an_evicted_block_that_was_not_copied_yet_is_copied_at_once() -> None:
