@@ -1,1 +1,1 @@
-"""Replays traces through the real router and schedulers in virtual time."""
+"""Replays traces through the real router, schedulers and tiers in virtual time."""
