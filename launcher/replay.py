@@ -74,13 +74,16 @@ def admission_of(worker_queue_s: float | None, deadline_s: float | None) -> Admi
     return Admission(**given) if given else None
 
 
+def size_of(option: str, text: str) -> int:
+    try:
+        return _SIZE.validate_python(text)
+    except ValidationError as error:
+        raise SettingsError(f"{option}: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
+
+
 def tiers_of(ddr_bytes: str, ssd_bytes: str) -> TierSizes | None:
     """Of sizes as people write them; None: there are none. Raises SettingsError."""
-    sizes = {"--ddr-bytes": ddr_bytes, "--ssd-bytes": ssd_bytes}
-    try:
-        ddr, ssd = (_SIZE.validate_python(text) for text in sizes.values())
-    except ValidationError as error:
-        raise SettingsError(f"{' and '.join(sizes)}: {error.errors()[0]['msg']}.") from None
+    ddr, ssd = size_of("--ddr-bytes", ddr_bytes), size_of("--ssd-bytes", ssd_bytes)
     return TierSizes(ddr, ssd) if ddr or ssd else None
 
 
